@@ -1,0 +1,37 @@
+"""The library's own errors.
+
+Every message names the offending value, where it stood, and the mend. All derive from :class:`BaftError`, and
+from the built-in that a caller would expect, so ``except ValueError`` goes on working.
+"""
+
+
+class BaftError(Exception):
+    """Base class of every error that this library raises on purpose."""
+
+
+class RequestError(BaftError, ValueError):
+    """An edit request or a probe is malformed: an empty target, a missing field, an unknown kind."""
+
+
+class ConfigError(BaftError, ValueError):
+    """A setting is out of its range, unknown, or does not fit the model (a layer that it has not)."""
+
+
+class PositionError(BaftError, ValueError):
+    """A position rule cannot be read, or finds no token: a subject that is not in the prompt, say."""
+
+
+class EditError(BaftError, RuntimeError):
+    """An edit could not be trained (a loss that is not finite); model and adapter are as before."""
+
+
+class AdapterError(BaftError, ValueError):
+    """A saved adapter cannot be loaded: truncated, tampered with, of another model or schema."""
+
+
+class DataError(BaftError, ValueError):
+    """A data file or record cannot be read; the message names file, line or index, and field."""
+
+
+class ModelError(BaftError, ValueError):
+    """A model cannot be resolved, loaded or edited: an unknown name, blocks that cannot be found."""

@@ -1,0 +1,170 @@
+"""What an edit is, and what is asked about it afterwards.
+
+An :class:`EditRequest` says *"after this prompt the model must answer that"*. A :class:`Probe` is a
+question with which an evaluation looks at the edited model: does the edit hold under a paraphrase, does it
+reach consequences, did anything else move? Both are frozen: a request that was read from a benchmark file,
+trained on, and written to a result file is the same object throughout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from .errors import RequestError
+
+ProbeKind = Literal["rephrase", "portability", "locality", "unrelated"]
+PROBE_KINDS: tuple[str, ...] = get_args(ProbeKind)
+
+
+def _text(value: object, name: str, where: str, *, empty_ok: bool = False) -> str:
+    if not isinstance(value, str):
+        raise RequestError(f"{where}{name} must be a string, got {type(value).__name__}: {value!r}")
+    if not empty_ok and not value.strip():
+        raise RequestError(f"{where}{name} is empty; give a non-empty text")
+    return value
+
+
+def _texts(value: object, name: str, where: str) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, (list, tuple)):
+        raise RequestError(f"{where}{name} must be a list of strings, got {value!r}")
+    return tuple(_text(item, f"{name}[{i}]", where) for i, item in enumerate(value))
+
+
+def _reject_unknown(data: Mapping[str, Any], cls: type, where: str) -> None:
+    known = {f.name for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(map(str, data)) - known):
+        raise RequestError(f"{where}unknown field {unknown[0]!r}; known fields: {', '.join(sorted(known))}")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One question about an edit.
+
+    Args:
+        prompt: the question, as text.
+        kind: ``rephrase`` (the edit must hold), ``portability`` (a consequence must follow), ``locality``
+            (near the edit, must not move) or ``unrelated`` (far from it, must not move).
+        answers: accepted answers, every alias kept; the first is the one that is scored by teacher forcing.
+            For ``locality`` and ``unrelated`` this is the data set's answer, which says how many tokens are
+            compared with the unedited model; it may be empty where a data set gives none.
+        contrast: answers that must be *less* likely than ``answers`` (ROME's probability success, ConvSent's
+            opposite replies); empty where the metric does not apply.
+        group: the data set's own name for the sub-group, e.g. ``Relation_Specificity``, ``neighborhood``.
+    """
+
+    prompt: str
+    kind: ProbeKind
+    answers: tuple[str, ...] = ()
+    contrast: tuple[str, ...] = ()
+    group: str = ""
+
+    def __post_init__(self) -> None:
+        _text(self.prompt, "probe.prompt", "")
+        if self.kind not in PROBE_KINDS:
+            raise RequestError(f"probe.kind is {self.kind!r}; it must be one of {', '.join(PROBE_KINDS)}")
+        object.__setattr__(self, "answers", _texts(self.answers, "probe.answers", ""))
+        object.__setattr__(self, "contrast", _texts(self.contrast, "probe.contrast", ""))
+        _text(self.group, "probe.group", "", empty_ok=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, where: str = "") -> Probe:
+        if not isinstance(data, Mapping):
+            raise RequestError(f"{where}a probe must be an object, got {type(data).__name__}: {data!r}")
+        _reject_unknown(data, cls, where)
+        for name in ("prompt", "kind"):
+            if name not in data:
+                raise RequestError(f"{where}field {name!r} is missing in the probe")
+        try:
+            return cls(**data)
+        except RequestError as error:
+            raise RequestError(f"{where}{error}") from None
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """One fact to be changed: after ``prompt`` the model must answer ``target_new``.
+
+    Args:
+        prompt: the text before the answer, e.g. ``"The capital of Japan is"``.
+        target_new: the wanted answer, e.g. ``"Osaka"``. A space is put between the two where neither brings one.
+        subject: the entity that the fact is about; must occur in ``prompt`` where a ``subject`` position is edited.
+        target_true: the answers that were right before (every alias), where the source tells.
+        probes: questions for the evaluation; training never looks at them.
+        id: a name that is unique in an adapter; made from prompt, subject and target where none is given.
+        case_id: requests of one case are applied together (MQuAKE); empty where a request stands alone.
+        origin: where the request was read, for messages: ``"edits.json:3"``.
+
+    Raises:
+        RequestError: an empty or non-text field, a probe of the wrong type.
+    """
+
+    prompt: str
+    target_new: str
+    subject: str | None = None
+    target_true: tuple[str, ...] = ()
+    probes: tuple[Probe, ...] = ()
+    id: str = ""
+    case_id: str = ""
+    origin: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        where = f"{self.origin}: " if isinstance(self.origin, str) and self.origin else ""
+        _text(self.prompt, "prompt", where)
+        _text(self.target_new, "target_new", where)
+        if self.subject is not None:
+            _text(self.subject, "subject", where)
+        object.__setattr__(self, "target_true", _texts(self.target_true, "target_true", where))
+        if not isinstance(self.probes, (list, tuple)):
+            raise RequestError(f"{where}probes must be a list of Probe, got {self.probes!r}")
+        for i, probe in enumerate(self.probes):
+            if not isinstance(probe, Probe):
+                raise RequestError(f"{where}probes[{i}] must be a Probe, got {type(probe).__name__}: {probe!r}")
+        object.__setattr__(self, "probes", tuple(self.probes))
+        _text(self.id, "id", where, empty_ok=True)
+        _text(self.case_id, "case_id", where, empty_ok=True)
+        if not self.id:
+            key = json.dumps([self.prompt, self.subject, self.target_new], ensure_ascii=False)
+            object.__setattr__(self, "id", hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:12])
+
+    @property
+    def where(self) -> str:
+        """``origin`` and id, to begin an error message with."""
+        return f"{self.origin + ': ' if self.origin else ''}edit {self.id!r} ({self.prompt!r})"
+
+    def probes_of(self, kind: ProbeKind) -> tuple[Probe, ...]:
+        return tuple(p for p in self.probes if p.kind == kind)
+
+    def to_dict(self) -> dict[str, Any]:
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        data["target_true"] = list(self.target_true)
+        data["probes"] = [p.to_dict() for p in self.probes]
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, origin: str = "") -> EditRequest:
+        """Read a request from a plain object; an unknown or missing field is an error that names it."""
+        where = f"{origin}: " if origin else ""
+        if not isinstance(data, Mapping):
+            raise RequestError(f"{where}a request must be an object, got {type(data).__name__}: {data!r}")
+        _reject_unknown(data, cls, where)
+        for name in ("prompt", "target_new"):
+            if name not in data:
+                raise RequestError(f"{where}field {name!r} is missing; a request needs prompt and target_new")
+        values = dict(data)
+        probes = values.pop("probes", ())
+        if not isinstance(probes, (list, tuple)):
+            raise RequestError(f"{where}probes must be a list, got {probes!r}")
+        values["probes"] = tuple(
+            p if isinstance(p, Probe) else Probe.from_dict(p, where=f"{where}probes[{i}]: ") for i, p in enumerate(probes)
+        )
+        if origin:
+            values["origin"] = origin
+        return cls(**values)
