@@ -1,0 +1,61 @@
+"""From records to one number: means the way EasyEdit takes them, and bootstrap intervals over records.
+
+A record with ten locality questions counts as much as a record with one: the mean of a metric is the *mean
+over records of the record's own mean*. A record that has no value for a metric (no rephrase in the data, say)
+is left out of that metric's mean and of its ``n``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .metrics import mean
+
+MetricTable = Mapping[str, float | None]
+
+
+def column(records: Sequence[MetricTable], name: str) -> list[float]:
+    """The values of one metric, in record order, records without it left out."""
+    return [float(v) for r in records if (v := r.get(name)) is not None]
+
+
+def aggregate(records: Sequence[MetricTable], *, seed: int = 0, resamples: int = 1000) -> dict[str, dict[str, Any]]:
+    """Every metric's ``{"mean", "n", "ci_low", "ci_high"}``, ordered by name.
+
+    The interval is the 95 % percentile bootstrap over records; each metric draws from its own stream, made
+    from ``seed`` and its name, so that adding a metric does not move another's interval.
+    """
+    result = {}
+    for name in sorted({name for r in records for name in r}):
+        values = column(records, name)
+        low, high = bootstrap_interval(values, seed=seed, stream=name, resamples=resamples)
+        result[name] = {"mean": mean(values), "n": len(values), "ci_low": low, "ci_high": high}
+    return result
+
+
+def bootstrap_interval(
+    values: Sequence[float], *, seed: int = 0, stream: str = "", resamples: int = 1000, level: float = 0.95
+) -> tuple[float | None, float | None]:
+    """Percentile bootstrap interval of the mean; ``(None, None)`` for fewer than two values."""
+    if len(values) < 2:
+        return None, None
+    key = int.from_bytes(hashlib.sha256(f"{seed}:{stream}".encode()).digest()[:8], "big")
+    rng = np.random.default_rng(key)
+    data = np.asarray(values, dtype=np.float64)
+    means = data[rng.integers(0, len(data), size=(resamples, len(data)))].mean(axis=1)
+    tail = (1 - level) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def paired_difference(
+    a: Sequence[float | None], b: Sequence[float | None], *, seed: int = 0, resamples: int = 1000
+) -> dict[str, float | int | None]:
+    """Mean of ``a - b`` over the records that have both values, with its bootstrap interval."""
+    differences = [x - y for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+    low, high = bootstrap_interval(differences, seed=seed, stream="paired", resamples=resamples)
+    return {"mean": mean(differences), "n": len(differences), "ci_low": low, "ci_high": high}
