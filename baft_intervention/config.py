@@ -1,0 +1,192 @@
+"""Settings of an edit: frozen, validated, to and from YAML and JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from .errors import ConfigError
+from .positions import PositionRule
+from .weighting import make_weighting, weighting_class
+
+Allocation = Literal["per_edit", "joint"]
+Engine = Literal["auto", "reference"]
+Init = Literal["identity", "random"]
+
+# where a late layer's last token tells a paraphrase from all else (layer 25 of 30 on SmolLM2, METHOD's tables)
+DEFAULT_DEPTH = 5 / 6
+
+
+@dataclass(frozen=True)
+class BaftConfig:
+    """What to choose, for a practitioner.
+
+    The defaults suit single facts on a decoder of any size. Start with ``BaftConfig()``; if a paraphrase is missed,
+    lower ``weighting_options={"floor": ...}``; if a neighbour moves, raise it. ``weighting="constant"`` gives LoReFT
+    for comparison, ``weighting="linear", locality_coefficient=1.0`` the plainest reading of the paper.
+
+    Args:
+        rank: r, bases an edit, 1 to the hidden size. One fact needs few; the paper uses 12.
+        layers: decoder blocks whose output is edited, 0-based; negative ones count from the end. None chooses
+            one at 5/6 of the depth.
+        positions: which tokens, see :mod:`baft_intervention.positions`.
+        weighting: name of a registered weighting network.
+        weighting_options: its keyword arguments.
+        allocation: ``per_edit`` gives every request bases of its own (``undo`` is exact); ``joint`` trains all requests
+            of one call in one set of bases, as the paper's batched editing does.
+        init: ``identity`` or ``random``, see :class:`~baft_intervention.basis_map.BasisWeightedMap`.
+        learning_rate, weight_decay: of AdamW; decay leaves the orthonormal basis where it is.
+        steps: most optimiser steps an edit.
+        loss_target: stop when the mean loss over target tokens (nats) falls below; 0 never stops early.
+        append_eos: train the end of sequence behind the target too.
+        locality_coefficient: weight of the mean basis weight on the bank (locality regularisation).
+        balance_coefficient: weight of the incremental load-balancing loss over bases.
+        bank_size: unrelated texts that the model writes for itself (once a model, cached); 0 for none.
+        max_grad_norm: clip an edit's gradient to this norm.
+        seed: of initialisation and of the bank's texts.
+        engine: ``auto`` takes the fastest exact path, ``reference`` the whole model at every step.
+
+    Raises:
+        ConfigError: a value out of range; the message names the field, the value and what is allowed.
+    """
+
+    rank: int = 12
+    layers: tuple[int, ...] | None = None
+    positions: str = "last"
+    weighting: str = "cosine"
+    weighting_options: Mapping[str, Any] = field(default_factory=dict)
+    allocation: Allocation = "per_edit"
+    init: Init = "identity"
+    learning_rate: float = 1e-2
+    weight_decay: float = 0.0
+    steps: int = 60
+    loss_target: float = 0.02
+    append_eos: bool = False
+    locality_coefficient: float = 0.0
+    balance_coefficient: float = 0.0
+    bank_size: int = 256
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    engine: Engine = "auto"
+
+    def __post_init__(self) -> None:
+        _whole(self, "rank", 1)
+        _whole(self, "steps", 1)
+        _whole(self, "bank_size", 0)
+        _whole(self, "seed", 0)
+        _real(self, "learning_rate", 0.0, open_low=True)
+        _real(self, "max_grad_norm", 0.0, open_low=True)
+        for name in ("weight_decay", "loss_target", "locality_coefficient", "balance_coefficient"):
+            _real(self, name, 0.0)
+        _choice(self, "allocation", get_args(Allocation))
+        _choice(self, "init", get_args(Init))
+        _choice(self, "engine", get_args(Engine))
+        if not isinstance(self.append_eos, bool):
+            raise ConfigError(f"append_eos is {self.append_eos!r}; it must be true or false")
+        if self.layers is not None:
+            layers = (self.layers,) if isinstance(self.layers, int) else self.layers
+            if not isinstance(layers, (list, tuple)) or not layers:
+                raise ConfigError(f"layers is {self.layers!r}; it must be a list of block numbers, e.g. [20]")
+            for layer in layers:
+                if isinstance(layer, bool) or not isinstance(layer, int):
+                    raise ConfigError(f"layers has {layer!r}; a block number is a whole number")
+            object.__setattr__(self, "layers", tuple(layers))
+        PositionRule.parse(self.positions)
+        if not isinstance(self.weighting_options, Mapping):
+            raise ConfigError(f"weighting_options is {self.weighting_options!r}; it must be a mapping of options")
+        object.__setattr__(self, "weighting_options", dict(self.weighting_options))
+        make_weighting(self.weighting, 2, 1, **self.weighting_options)  # an unknown option is told now, not at training
+        if self.bank_size == 0 and (self.needs_bank or self.locality_coefficient):
+            reason = "locality_coefficient > 0 needs" if self.locality_coefficient else f"weighting {self.weighting!r} needs"
+            raise ConfigError(f"bank_size is 0, but {reason} unrelated representations; give bank_size, e.g. 256")
+
+    @property
+    def needs_bank(self) -> bool:
+        return weighting_class(self.weighting).needs_bank
+
+    @property
+    def rule(self) -> PositionRule:
+        return PositionRule.parse(self.positions)
+
+    def resolved_layers(self, num_layers: int) -> tuple[int, ...]:
+        """0-based, ascending block numbers for a model of ``num_layers`` blocks.
+
+        Raises:
+            ConfigError: a block that the model has not, or the same one twice.
+        """
+        if self.layers is None:
+            return (min(num_layers - 1, round(DEFAULT_DEPTH * num_layers)),)
+        found = []
+        for layer in self.layers:
+            index = layer + num_layers if layer < 0 else layer
+            if not 0 <= index < num_layers:
+                raise ConfigError(f"layers has {layer}; this model has blocks 0 to {num_layers - 1}")
+            found.append(index)
+        if len(set(found)) != len(found):
+            raise ConfigError(f"layers is {list(self.layers)}; a block occurs twice")
+        return tuple(sorted(found))
+
+    def to_dict(self) -> dict[str, Any]:
+        data = dataclasses.asdict(self)
+        data["layers"] = None if self.layers is None else list(self.layers)
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, where: str = "") -> BaftConfig:
+        """Read settings; an unknown field is an error that names it and the known ones."""
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"{where}settings must be an object of fields, got {type(data).__name__}: {data!r}")
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in data:
+            if name not in known:
+                raise ConfigError(f"{where}unknown setting {name!r}; known settings: {', '.join(known)}")
+        try:
+            return cls(**data)
+        except (ConfigError, TypeError, ValueError) as error:
+            raise ConfigError(f"{where}{error}") from None
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> BaftConfig:
+        """Read a YAML or JSON file (JSON is YAML)."""
+        import yaml
+
+        path = Path(path)
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path}: cannot be read as YAML or JSON: {error}") from None
+        return cls.from_dict(data or {}, where=f"{path}: ")
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON where the name ends so, else as YAML."""
+        import yaml
+
+        path = Path(path)
+        data = self.to_dict()
+        text = json.dumps(data, indent=2) if path.suffix == ".json" else yaml.safe_dump(data, sort_keys=False)
+        path.write_text(text, encoding="utf-8")
+
+
+def _whole(config: BaftConfig, name: str, low: int) -> None:
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {low}")
+
+
+def _real(config: BaftConfig, name: str, low: float, *, open_low: bool = False) -> None:
+    value = getattr(config, name)
+    good = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
+    if not good or value < low or (open_low and value == low):
+        raise ConfigError(f"{name} is {value!r}; it must be a number {'above' if open_low else 'of at least'} {low:g}")
+    object.__setattr__(config, name, float(value))
+
+
+def _choice(config: BaftConfig, name: str, allowed: tuple[str, ...]) -> None:
+    value = getattr(config, name)
+    if value not in allowed:
+        raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")

@@ -1,0 +1,177 @@
+"""Which tokens are edited.
+
+=============  =======================================================================================
+rule           edited tokens
+=============  =======================================================================================
+``last``       the last token of the prompt (the default)
+``subject``    the last token of the subject
+``subject_all``  every token of the subject
+``prompt``     every token of the prompt
+``all``        every token of prompt and answer, generated ones included
+``f3+l2``      the first three and the last two tokens of the prompt (``f3`` or ``l2`` alone too)
+=============  =======================================================================================
+
+In training a position is found from the character offsets of the prompt (:func:`prompt_positions`). At inference
+there is a batch of ids, padded on either side, and perhaps a cache of earlier tokens: :meth:`PositionRule.mask` works in
+absolute positions, so padding and caching change nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import PositionError
+
+_NAMED = ("last", "subject", "subject_all", "prompt", "all")
+_FIRST_LAST = re.compile(r"(?:f(?P<first>\d+))?\+?(?:l(?P<last>\d+))?")
+
+
+@dataclass(frozen=True)
+class PositionRule:
+    """A parsed rule. Build it with :meth:`parse`.
+
+    Args:
+        kind: one of ``last``, ``subject``, ``subject_all``, ``prompt``, ``all``, ``first_last``.
+        first, last: counts of ``first_last``.
+    """
+
+    kind: str
+    first: int = 0
+    last: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> PositionRule:
+        """Read a rule.
+
+        Raises:
+            PositionError: not a rule; the message lists what is.
+        """
+        if isinstance(text, str):
+            if text in _NAMED:
+                return cls(text)
+            match = _FIRST_LAST.fullmatch(text)
+            if match and (match["first"] or match["last"]) and ("+" in text) == bool(match["first"] and match["last"]):
+                first, last = int(match["first"] or 0), int(match["last"] or 0)
+                if first + last > 0:
+                    return cls("first_last", first, last)
+        raise PositionError(f"positions is {text!r}; it must be one of {', '.join(_NAMED)}, or f<n>+l<n>, e.g. 'f3+l3'")
+
+    def __str__(self) -> str:
+        if self.kind != "first_last":
+            return self.kind
+        return "+".join(part for n, part in ((self.first, f"f{self.first}"), (self.last, f"l{self.last}")) if n)
+
+    @property
+    def needs_subject(self) -> bool:
+        return self.kind.startswith("subject")
+
+    def mask(self, starts: Tensor, lengths: Tensor, columns: Tensor, subjects: Tensor | None = None) -> Tensor:
+        """Edited positions of a batch.
+
+        Args:
+            starts: ``(B,)`` absolute position of each prompt's first token (the amount of left padding).
+            lengths: ``(B,)`` number of the prompt's tokens.
+            columns: ``(T,)`` absolute position of each column: ``past + arange(T)``.
+            subjects: ``(B, T)`` bool, tokens of a subject (see :func:`subject_mask`), for the subject rules.
+
+        Returns:
+            ``(B, T)`` bool.
+        """
+        relative = columns.unsqueeze(0) - starts.unsqueeze(1)  # (B, T)
+        length = lengths.unsqueeze(1)
+        inside = (relative >= 0) & (relative < length)
+        if self.kind == "all":
+            return relative >= 0
+        if self.kind == "prompt":
+            return inside
+        if self.kind == "last":
+            return relative == length - 1
+        if self.kind == "first_last":
+            return inside & ((relative < self.first) | (relative >= length - self.last))
+        if subjects is None:
+            return torch.zeros_like(inside)
+        if self.kind == "subject":  # the last token of each run
+            following = torch.cat([subjects[:, 1:], torch.zeros_like(subjects[:, :1])], dim=1)
+            subjects = subjects & ~following
+        return inside & subjects
+
+
+def prompt_positions(
+    rule: PositionRule, tokenizer: Any, prompt: str, prompt_ids: Sequence[int], subject: str | None = None, target_len: int = 0
+) -> list[int]:
+    """Indices into ``prompt_ids`` (for ``all``: into prompt and target) that the rule edits; sorted, at least one.
+
+    Raises:
+        PositionError: a subject rule where there is no subject, where it is not in the prompt or stands there twice,
+            or where the tokenizer has no offsets.
+    """
+    n = len(prompt_ids)
+    if rule.needs_subject:
+        span = _subject_span(tokenizer, prompt, prompt_ids, subject)
+        return [span[-1]] if rule.kind == "subject" else span
+    total = n + target_len
+    columns = torch.arange(total)
+    return rule.mask(torch.tensor([0]), torch.tensor([n]), columns)[0].nonzero().flatten().tolist()
+
+
+def _subject_span(tokenizer: Any, prompt: str, prompt_ids: Sequence[int], subject: str | None) -> list[int]:
+    if not subject:
+        raise PositionError(f"the prompt {prompt!r} comes without a subject, and the position rule needs one; give subject=")
+    count = len(re.findall(f"(?={re.escape(subject)})", prompt))
+    if count != 1:
+        found = "does not occur" if count == 0 else f"occurs {count} times"
+        raise PositionError(
+            f"the subject {subject!r} {found} in the prompt {prompt!r}; "
+            "write it exactly once, as it stands in the prompt, or use the positions 'last' or 'prompt'"
+        )
+    begin = prompt.index(subject)
+    end = begin + len(subject)
+    try:
+        encoded = tokenizer(prompt, return_offsets_mapping=True)
+    except NotImplementedError:
+        raise PositionError(
+            f"{type(tokenizer).__name__} gives no character offsets; load the fast tokenizer (use_fast=True) or use "
+            "the positions 'last' or 'prompt'"
+        ) from None
+    if list(encoded["input_ids"]) != list(prompt_ids):
+        raise PositionError(f"the ids given are not those of the prompt {prompt!r}; encode it with encode_prompt")
+    # a byte-level token may carry the space before the word in its span: overlap, not containment
+    span = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a < end and b > begin]
+    if not span:
+        raise PositionError(f"no token of the prompt {prompt!r} covers the subject {subject!r}")
+    return span
+
+
+def subject_variants(tokenizer: Any, subjects: Sequence[str]) -> list[list[int]]:
+    """Token id sequences under which the subjects can stand in a text: at its start and behind a space."""
+    variants = []
+    for subject in dict.fromkeys(subjects):
+        for text in (subject, " " + subject):
+            ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+            if ids and ids not in variants:
+                variants.append(ids)
+    return variants
+
+
+def subject_mask(ids: Tensor, variants: Sequence[Sequence[int]]) -> Tensor:
+    """``(B, T)`` bool: tokens of ``ids (B, T)`` that belong to any of the id sequences."""
+    mask = torch.zeros(ids.shape, dtype=torch.bool)
+    rows = ids.tolist()
+    for variant in variants:
+        n, first = len(variant), variant[0]
+        for i, row in enumerate(rows):
+            for j in range(len(row) - n + 1):
+                if row[j] == first and row[j : j + n] == list(variant):
+                    mask[i, j : j + n] = True
+    return mask
+
+
+def pad_locations(locations: Sequence[int], width: int) -> list[int]:
+    """Repeat the last location up to ``width``: ragged locations do not collate, and a repeated one is harmless."""
+    return [*locations, *[locations[-1]] * (width - len(locations))]

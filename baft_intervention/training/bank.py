@@ -1,0 +1,171 @@
+"""The bank: representations of text that no edit is about.
+
+A gate can only learn what to leave alone from examples of it. Where a user gives no texts, the model writes some for
+itself from a few dozen common openings (seeded), so the bank needs no data set and looks at no benchmark. Of each
+text the representation of its last token and of some tokens inside it are kept: the inside of a statement is what an
+unfinished prompt looks like. Ours; the paper only says that unrelated knowledge enters a locality term.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..embedded import cache_folder
+from ..errors import ConfigError
+from ..hooks import hook_block
+from ..models import find_blocks, model_fingerprint
+from ..tokenization import pad_rows, pad_token_id
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1  # raise it where what is in a bank changes: cached ones are then made anew
+OPENINGS = (
+    "What is the", "Who was the", "Where is the", "When did the", "Which of the", "How many", "Why do", "How does a",
+    "In what year was", "What is the name of", "Who wrote the", "Where was the", "What are the", "Is it true that",
+    "The name of the", "The first", "In the year", "The city of", "The president of", "The author of", "The language",
+    "The place of birth of", "The company", "A", "It is", "He was born in", "She is a", "They", "The most popular",
+    "The river", "The occupation of", "According to", "One of the", "Many people", "I think that", "Once upon a time",
+    "The sport", "The country", "My favourite", "The meaning of", "There is a", "The scientific name of", "Music",
+    "During the war,", "The price of", "To make a", "Please", "The capital",
+)  # fmt: skip
+POSITIONS_PER_TEXT = 4  # the last token, and three inside
+
+
+def write_texts(model: nn.Module, tokenizer: Any, count: int, *, seed: int = 0, max_new_tokens: int = 16) -> list[str]:
+    """``count`` short texts that ``model`` writes itself: sampled continuations of :data:`OPENINGS`. Same seed, same texts."""
+    openings = [OPENINGS[i % len(OPENINGS)] for i in range(count)]
+    device = next(model.parameters()).device
+    texts: list[str] = []
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for begin in range(0, count, 64):
+            rows = [list(tokenizer(text)["input_ids"]) for text in openings[begin : begin + 64]]
+            ids, mask = pad_rows(rows, pad_token_id(tokenizer), side="left")
+            with torch.no_grad():
+                out = model.generate(
+                    input_ids=ids.to(device), attention_mask=mask.to(device), do_sample=True, temperature=1.0, top_k=50,
+                    top_p=1.0, max_new_tokens=max_new_tokens, pad_token_id=pad_token_id(tokenizer),
+                )  # fmt: skip
+            for text in tokenizer.batch_decode(out, skip_special_tokens=True):
+                # keep the first line: a model often starts a new, unrelated one
+                texts.append(next((line for line in text.splitlines() if line.strip()), text).strip() or OPENINGS[0])
+    return texts
+
+
+@torch.no_grad()
+def representations(
+    model: nn.Module, tokenizer: Any, texts: Sequence[str], layers: Sequence[int], *, seed: int = 0, batch_size: int = 32
+) -> dict[int, Tensor]:
+    """Block outputs of ``texts`` at their last and some inner tokens: ``layer -> (N, d)`` fp32 on the CPU.
+
+    Args:
+        texts: what to read; at least one.
+        layers: 0-based block numbers.
+        seed: of the choice of inner tokens.
+    """
+    if not texts:
+        raise ConfigError("a bank needs at least one text; leave the texts out to let the model write some")
+    blocks, device = find_blocks(model), next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    rows = [list(tokenizer(text)["input_ids"])[:64] for text in texts]
+    rows = [row for row in rows if row]
+    picks = []
+    for row in rows:
+        inner = torch.randperm(max(len(row) - 2, 0), generator=generator)[: POSITIONS_PER_TEXT - 1] + 1
+        picks.append(sorted({len(row) - 1, *inner.tolist()}))
+    found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    was_training = model.training
+    model.eval()
+    try:
+        for begin in range(0, len(order), batch_size):
+            batch = order[begin : begin + batch_size]
+            ids, mask = pad_rows([rows[i] for i in batch], pad_token_id(tokenizer))
+            seen: dict[int, Tensor] = {}
+
+            def keep(layer: int, into: dict[int, Tensor] = seen):
+                return lambda hidden: into.__setitem__(layer, hidden.detach())
+
+            handles = [hook_block(blocks[layer], keep(layer)) for layer in layers]
+            try:
+                model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            row = torch.tensor([k for k, i in enumerate(batch) for _ in picks[i]])
+            column = torch.tensor([c for i in batch for c in picks[i]])
+            for layer in layers:
+                hidden = seen[layer]
+                found[layer].append(hidden[row.to(hidden.device), column.to(hidden.device)].float().cpu())
+    finally:
+        model.train(was_training)
+    return {layer: torch.cat(parts) for layer, parts in found.items()}
+
+
+def get_bank(
+    model: nn.Module,
+    tokenizer: Any,
+    layers: Sequence[int],
+    *,
+    size: int,
+    texts: Sequence[str] | None = None,
+    seed: int = 0,
+    cache: bool = True,
+) -> dict[int, Tensor]:
+    """The bank of a model, made once and kept in the cache folder under the model's fingerprint.
+
+    Args:
+        size: how many texts the model writes where ``texts`` is None.
+        texts: a user's own unrelated texts.
+        cache: read and write the cache (``$BAFT_CACHE``, else the user's); a folder that cannot be written is no error.
+
+    Returns:
+        ``layer -> (N, d)`` fp32 on the CPU, N about ``POSITIONS_PER_TEXT * size``.
+    """
+    layers = sorted(layers)
+    what = {
+        "format": _FORMAT,
+        "model": model_fingerprint(model),
+        "vocabulary": len(tokenizer),
+        "texts": None if texts is None else hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest(),
+        "size": size if texts is None else len(texts),
+        "seed": seed,
+        "layers": layers,
+    }
+    name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
+    path = cache_folder() / "banks" / f"{name}.safetensors"
+    if cache and path.is_file():
+        try:
+            saved = load_file(path)
+            return {layer: saved[f"layer.{layer}"] for layer in layers}
+        except (OSError, SafetensorError, KeyError) as error:
+            logger.warning("cached bank %s cannot be read (%s); it is made anew", path, error)
+    if texts is None:
+        logger.info("the model writes %d unrelated texts for its bank (once a model)", size)
+        texts = write_texts(model, tokenizer, size, seed=seed)
+    bank = representations(model, tokenizer, texts, layers, seed=seed)
+    if cache:
+        _store(path, {f"layer.{layer}": tensor.contiguous() for layer, tensor in bank.items()})
+    return bank
+
+
+def _store(path: Path, tensors: dict[str, Tensor]) -> None:
+    partial = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial)
+        os.replace(partial, path)
+    except OSError as error:
+        logger.warning("the bank cannot be kept in %s (%s); it will be made anew next time", path.parent, error)
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,256 @@
+"""Training edits: from requests to the tensors of an adapter, the base model untouched."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..basis_map import BasisWeightedMap
+from ..config import BaftConfig
+from ..errors import EditError
+from ..hooks import hook_block
+from ..losses import balance_loss, edit_loss, locality_loss, target_accuracy
+from ..models import find_blocks, hidden_size
+from ..positions import prompt_positions
+from ..requests import EditRequest
+from ..stack import is_shared
+from ..tokenization import IGNORE_INDEX, encode_pair, pad_rows, pad_token_id
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training row: prompt and target as ids, and the columns that are edited."""
+
+    ids: list[int]
+    labels: list[int]
+    positions: list[int]
+
+
+@dataclass(frozen=True)
+class TrainedEdit:
+    """What training gives: for each edited layer the tensors of the map, and how it went.
+
+    Args:
+        tensors: ``layer -> {"rotation", "source_weight", "source_bias", "weighting.<name>"}``, fp32 on the CPU.
+        used: ``layer -> (r,)``, the basis weights on the edit's own positions (for load balancing).
+        loss: mean cross entropy over target tokens (nats) of the state that is kept.
+        steps: optimiser steps taken.
+        seconds: wall time.
+        reached: whether every target token was the model's argmax.
+    """
+
+    tensors: Mapping[int, Mapping[str, Tensor]]
+    used: Mapping[int, Tensor]
+    loss: float
+    steps: int
+    seconds: float
+    reached: bool
+
+
+@dataclass
+class Surroundings:
+    """What an edit meets: the bank and whitening of each layer, the use of bases so far, and earlier edits.
+
+    Args:
+        bank: ``layer -> (N, d)`` unrelated representations, or empty.
+        shared: ``layer -> {name: tensor}`` of the weighting's shared state (the whitening).
+        used: ``layer -> (r,)`` use of the bases by earlier edits.
+        earlier: ``layer -> function (P, d) -> (P, d)``, the summed update of earlier edits, where those act beside
+            the new one (networks that are not routed).
+    """
+
+    bank: Mapping[int, Tensor] = field(default_factory=dict)
+    shared: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
+    used: Mapping[int, Tensor] = field(default_factory=dict)
+    earlier: Mapping[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+
+
+def encode_request(tokenizer: Any, request: EditRequest, config: BaftConfig) -> Row:
+    """Ids, labels and edited columns of a request.
+
+    Raises:
+        RequestError: a target of no token.
+        PositionError: a rule that finds no token; both begin with where the request stood.
+    """
+    try:
+        prompt_ids, target_ids = encode_pair(tokenizer, request.prompt, request.target_new)
+        if config.append_eos and tokenizer.eos_token_id is not None:
+            target_ids = [*target_ids, tokenizer.eos_token_id]
+        positions = prompt_positions(
+            config.rule, tokenizer, request.prompt, prompt_ids, request.subject, len(target_ids)
+        )
+    except ValueError as error:
+        raise type(error)(f"{request.where}: {error}") from None
+    return Row(prompt_ids + target_ids, [IGNORE_INDEX] * len(prompt_ids) + target_ids, positions)
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, no parameter of ``model`` wants a gradient and the model is in eval mode; all flags come back after."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    training = model.training
+    for parameter, _ in flags:
+        parameter.requires_grad_(False)
+    model.eval()
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        model.train(training)
+
+
+def edit_seed(seed: int, requests: Sequence[EditRequest]) -> int:
+    """The seed of an edit: of the run's and of its text, so that it is the same alone, in a batch, or resumed."""
+    text = "\x1f".join(f"{r.prompt}\x1e{r.target_new}" for r in requests)
+    return int.from_bytes(hashlib.sha256(f"{seed}\x1f{text}".encode("utf-8", "surrogatepass")).digest()[:7], "big")
+
+
+def make_maps(config: BaftConfig, dim: int, layers: Sequence[int], around: Surroundings, seed: int) -> dict[int, BasisWeightedMap]:
+    """Fresh maps of one edit, seeded, with the shared state of their layer filled in."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        maps = {
+            layer: BasisWeightedMap(
+                dim, config.rank, weighting=config.weighting, weighting_options=dict(config.weighting_options), init=config.init
+            )
+            for layer in layers
+        }
+    for layer, module in maps.items():
+        if shared := around.shared.get(layer):
+            module.weighting.load_state_dict({**module.weighting.state_dict(), **shared})
+    return maps
+
+
+def map_tensors(module: BasisWeightedMap) -> dict[str, Tensor]:
+    """The tensors of a trained map that are its own, as an adapter keeps them."""
+    with torch.no_grad():
+        tensors = {"rotation": module.rotation, "source_weight": module.source_weight, "source_bias": module.source_bias}
+        for name, tensor in module.weighting.state_dict().items():
+            if not is_shared(module.weighting, name):
+                tensors[f"weighting.{name}"] = tensor
+        return {name: tensor.detach().float().cpu().clone() for name, tensor in tensors.items()}
+
+
+class ReferenceEngine:
+    """The plain way, and the measure of every other: the whole model, forward and backward, at each step.
+
+    Args:
+        model, tokenizer: the base model; its weights and flags come back as they were.
+        config: settings.
+        layers: resolved block numbers.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, config: BaftConfig, layers: Sequence[int]):
+        self.model, self.tokenizer, self.config, self.layers = model, tokenizer, config, tuple(layers)
+        self.blocks = find_blocks(model)
+
+    def train(self, requests: Sequence[EditRequest], around: Surroundings) -> TrainedEdit:
+        """Train one edit (or one joint group of requests).
+
+        Raises:
+            RequestError, PositionError: a request that cannot be encoded.
+            EditError: a loss that is not finite.
+        """
+        begin = time.perf_counter()
+        config, device = self.config, next(self.model.parameters()).device
+        rows = [encode_request(self.tokenizer, r, config) for r in requests]
+        ids, mask = pad_rows([r.ids for r in rows], pad_token_id(self.tokenizer))
+        labels, _ = pad_rows([r.labels for r in rows], IGNORE_INDEX)
+        batch = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
+        labels = labels.to(device)
+        where = (
+            torch.tensor([i for i, r in enumerate(rows) for _ in r.positions], device=device),
+            torch.tensor([c for r in rows for c in r.positions], device=device),
+        )
+        maps = make_maps(config, hidden_size(self.model), self.layers, around, edit_seed(config.seed, requests))
+        maps = {layer: module.to(device) for layer, module in maps.items()}
+        bank = {layer: around.bank[layer].to(device) for layer in self.layers if layer in around.bank}
+
+        with frozen(self.model):
+            self._start(maps, batch, where, around, bank)
+            parameters = [p for m in maps.values() for p in m.parameters() if p.requires_grad]
+            optimiser = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+            loss = math.inf
+            reached, steps = False, 0
+            for steps in range(config.steps + 1):  # the last round only looks at the result
+                with torch.enable_grad():
+                    with self._hooked(maps, where, around) as weights:
+                        logits = self.model(**batch).logits
+                    edit = edit_loss(logits, labels).mean()
+                    total = edit + self._regularisation(maps, weights, around, bank)
+                loss, reached = float(edit), bool(target_accuracy(logits.detach(), labels).all())
+                if not math.isfinite(float(total.detach())):
+                    raise EditError(
+                        f"{requests[0].where}: the loss is {float(total)} at step {steps}; nothing was changed. "
+                        f"Lower learning_rate (now {config.learning_rate:g}), or load the model in float32 or bfloat16"
+                    )
+                if steps == config.steps or (reached and loss < config.loss_target):
+                    break
+                optimiser.zero_grad(set_to_none=True)
+                gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.grad = gradient
+                torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+                optimiser.step()
+        used = {layer: weights[layer].detach().sum(0).cpu() for layer in self.layers}
+        tensors = {layer: map_tensors(module) for layer, module in maps.items()}
+        return TrainedEdit(tensors, used, loss, steps, time.perf_counter() - begin, reached)
+
+    def _start(self, maps: Mapping[int, BasisWeightedMap], batch: dict, where: tuple, around: Surroundings, bank: Mapping) -> None:
+        """Let the weighting networks start from the edit's own representations, which one plain forward gives."""
+        seen: dict[int, Tensor] = {}
+        handles = [
+            hook_block(self.blocks[layer], lambda hidden, layer=layer: seen.__setitem__(layer, hidden[where].float()))
+            for layer in self.layers
+        ]
+        try:
+            with torch.no_grad():
+                self.model(**batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for layer, module in maps.items():
+            module.weighting.start_from(seen[layer], bank.get(layer))
+
+    @contextlib.contextmanager
+    def _hooked(self, maps: Mapping[int, BasisWeightedMap], where: tuple, around: Surroundings) -> Iterator[dict[int, Tensor]]:
+        weights: dict[int, Tensor] = {}
+
+        def change(layer: int) -> Callable[[Tensor], Tensor]:
+            def apply(hidden: Tensor) -> Tensor:
+                x = hidden[where].float()
+                delta, weights[layer] = maps[layer].update(x)
+                if layer in around.earlier:
+                    delta = delta + around.earlier[layer](x)
+                return hidden.index_put(where, (x + delta).to(hidden.dtype))
+
+            return apply
+
+        handles = [hook_block(self.blocks[layer], change(layer)) for layer in self.layers]
+        try:
+            yield weights
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _regularisation(self, maps: Mapping, weights: Mapping[int, Tensor], around: Surroundings, bank: Mapping) -> Tensor | float:
+        config, total = self.config, 0.0
+        for layer, module in maps.items():
+            if config.locality_coefficient and layer in bank:
+                total = total + config.locality_coefficient * locality_loss(module.weighting(bank[layer]))
+            if config.balance_coefficient:
+                used = around.used.get(layer, torch.zeros(config.rank))
+                total = total + config.balance_coefficient * balance_loss(weights[layer], used.to(weights[layer].device))
+        return total
