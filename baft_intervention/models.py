@@ -233,7 +233,7 @@ def model_fingerprint(model: nn.Module) -> str:
         ModelError: a parameter has no values (offloaded or on the meta device).
     """
     digest = hashlib.sha256()
-    parameters = {n.replace("_orig_mod.", ""): p for n, p in model.named_parameters(remove_duplicate=False)}
+    parameters = {_stable_name(n): p for n, p in model.named_parameters(remove_duplicate=False)}
     for name, parameter in sorted(parameters.items()):
         if parameter.is_meta:
             raise ModelError(f"parameter {name!r} is on the meta device; load the model without offloading")
@@ -246,6 +246,11 @@ def model_fingerprint(model: nn.Module) -> str:
             digest.update(_word_sum(flat[:whole]).to_bytes(8, "little", signed=True))
             digest.update(_bytes(flat[whole:]))
     return digest.hexdigest()
+
+
+def _stable_name(name: str) -> str:
+    """A parameter's name without torch.compile's prefix, and GPT-NeoX's head as transformers 5 calls it."""
+    return name.replace("_orig_mod.", "").replace("embed_out.", "lm_head.")
 
 
 def _bytes(flat: torch.Tensor) -> bytes:
