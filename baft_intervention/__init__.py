@@ -1,0 +1,85 @@
+"""BaFT: basis-level representation fine-tuning, for editing what a language model knows (arXiv 2503.00306).
+
+The public names. What needs pyvene, pyreft or datasets is imported when it is first asked for.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# name -> module; resolved on first use, so that `import baft_intervention` costs nothing it does not need
+_PUBLIC = {
+    "AdapterError": "errors",
+    "BaftAdapter": "adapter",
+    "BaftConfig": "config",
+    "BaftEditor": "editor",
+    "BaftError": "errors",
+    "BaftTrainer": "training.trainer",
+    "BasisWeightedLoReFTIntervention": "intervention",
+    "BasisWeightedMap": "basis_map",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "Edit": "adapter",
+    "EditError": "errors",
+    "EditReport": "editor",
+    "EditRequest": "requests",
+    "ModelError": "errors",
+    "PositionError": "errors",
+    "Probe": "requests",
+    "RequestError": "errors",
+    "WeightingNetwork": "weighting",
+    "load_facts": "data",
+    "load_model": "models",
+    "load_requests": "data",
+    "make_edit_data_module": "training.data_module",
+    "register_weighting": "weighting",
+}
+__all__ = sorted([*_PUBLIC, "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]
+
+_NEEDS = {"pyvene": "reft", "pyreft": "reft", "datasets": "data"}  # import name -> extra that brings it
+
+if TYPE_CHECKING:
+    from .adapter import BaftAdapter, Edit
+    from .basis_map import BasisWeightedMap
+    from .config import BaftConfig
+    from .data import load_facts, load_requests
+    from .editor import BaftEditor, EditReport
+    from .errors import (
+        AdapterError,
+        BaftError,
+        ConfigError,
+        DataError,
+        EditError,
+        ModelError,
+        PositionError,
+        RequestError,
+    )
+    from .intervention import BasisWeightedLoReFTIntervention
+    from .models import load_model
+    from .requests import EditRequest, Probe
+    from .training.data_module import make_edit_data_module
+    from .training.trainer import BaftTrainer
+    from .weighting import WeightingNetwork, register_weighting
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        value = getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        extra = _NEEDS.get((error.name or "").split(".")[0])
+        if extra is None:
+            raise
+        raise ImportError(
+            f"{name} needs the package {error.name!r}; install it with: pip install 'baft_intervention[{extra}]'"
+        ) from error
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -65,6 +65,9 @@ class WeightingNetwork(nn.Module):
         """``(...,)``: above 0 where the input is taken to be the edit's; comparable between edits."""
         raise NotImplementedError(f"{type(self).__name__} is not routed: it has no match")
 
+    def fit_shared(self, bank: Tensor) -> None:
+        """Fit what all edits of a layer share to the bank ``(N, d)``; once a model and layer. Nothing by default."""
+
     @torch.no_grad()
     def start_from(self, h_edit: Tensor, bank: Tensor | None) -> None:
         """Start from data: ``h_edit (n, d)``, the edit's own representations, and ``bank (N, d)``, unrelated ones.
@@ -233,6 +236,9 @@ class CosineWeighting(WeightingNetwork):
         # below 0.001 the update is nothing but noise: cut it, so that unrelated input leaves the model bit for bit
         gate = torch.where(gate < 1e-3, torch.zeros_like(gate), gate)
         return gate.unsqueeze(-1).expand(*h.shape[:-1], self.rank)
+
+    def fit_shared(self, bank: Tensor) -> None:
+        self.whitening.fit(bank)
 
     @torch.no_grad()
     def start_from(self, h_edit: Tensor, bank: Tensor | None) -> None:

@@ -190,10 +190,10 @@ class ReferenceEngine:
                         logits = self.model(**batch).logits
                     edit = edit_loss(logits, labels).mean()
                     total = edit + self._regularisation(maps, weights, around, bank)
-                loss, reached = float(edit), bool(target_accuracy(logits.detach(), labels).all())
-                if not math.isfinite(float(total.detach())):
+                loss, reached = float(edit.detach()), bool(target_accuracy(logits.detach(), labels).all())
+                if not math.isfinite(loss):
                     raise EditError(
-                        f"{requests[0].where}: the loss is {float(total)} at step {steps}; nothing was changed. "
+                        f"{requests[0].where}: the loss is {loss} at step {steps}; nothing was changed. "
                         f"Lower learning_rate (now {config.learning_rate:g}), or load the model in float32 or bfloat16"
                     )
                 if steps == config.steps or (reached and loss < config.loss_target):
@@ -254,3 +254,8 @@ class ReferenceEngine:
                 used = around.used.get(layer, torch.zeros(config.rank))
                 total = total + config.balance_coefficient * balance_loss(weights[layer], used.to(weights[layer].device))
         return total
+
+
+def make_engine(model: nn.Module, tokenizer: Any, config: BaftConfig, layers: Sequence[int]) -> ReferenceEngine:
+    """The engine that ``config.engine`` names."""
+    return ReferenceEngine(model, tokenizer, config, layers)

@@ -1,0 +1,353 @@
+"""Editing a language model in a few calls."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from .adapter import BaftAdapter, Edit
+from .config import BaftConfig
+from .errors import AdapterError, ConfigError, EditError, RequestError
+from .models import config_hash, give_pad_token, load_model, model_fingerprint
+from .requests import EditRequest
+from .stack import is_shared
+from .storage import DESCRIPTION, library_versions, read_directory, write_directory
+from .tokenization import encode_prompt, pad_rows, pad_token_id
+from .training.bank import get_bank
+from .training.engine import Surroundings, encode_request, make_engine
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EditReport:
+    """What a call of :meth:`BaftEditor.edit` did.
+
+    Args:
+        edits: the committed edits, one a request (one in all for ``allocation="joint"``).
+        replaced: ids of earlier edits of the same prompts, which these supersede.
+        seconds: wall time of the call, bank included.
+    """
+
+    edits: tuple[Edit, ...]
+    replaced: tuple[str, ...]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        edits = [{**e.summary(), "seconds": round(e.seconds, 4)} for e in self.edits]
+        return {"edits": edits, "replaced": list(self.replaced), "seconds": round(self.seconds, 4)}
+
+
+class BaftEditor:
+    """Edits facts of a causal language model, and takes them back.
+
+    The base model's weights are never written: an edit is a small map on one block's output, put there by a hook.
+    Several editors, and a user's own hooks, can live on one model.
+
+    Args:
+        model: a Hugging Face causal language model.
+        tokenizer: its tokenizer.
+        config: settings; the defaults suit single facts.
+        model_name: what the base model is called in a saved adapter; taken from the model where not given.
+        bank_texts: unrelated texts of your own, from which the gate learns what to leave alone; by default the
+            model writes some for itself (see :mod:`baft_intervention.training.bank`).
+
+    Example::
+
+        editor = BaftEditor.from_pretrained("smollm2-135m")
+        report = editor.edit(EditRequest("The capital of Japan is", "Osaka", subject="Japan"))
+        editor.generate("The capital city of Japan is")
+        editor.undo(report.edits[0].id)
+
+    Raises:
+        ConfigError: a layer that the model has not, a rank above its hidden size.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        config: BaftConfig | None = None,
+        *,
+        model_name: str | None = None,
+        bank_texts: Sequence[str] | None = None,
+    ):
+        self.model, self.tokenizer = model, tokenizer
+        self.config = config or BaftConfig()
+        self.model_name = model_name or getattr(model.config, "_name_or_path", "") or type(model).__name__
+        self.bank_texts = None if bank_texts is None else tuple(bank_texts)
+        give_pad_token(tokenizer, self.model_name)
+        self.adapter = BaftAdapter(model, tokenizer, self.config)
+        self.adapter.attach()
+
+    # ------------------------------------------------------------------------------------------ coming and going
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        config: BaftConfig | None = None,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        revision: str | None = None,
+        bank_texts: Sequence[str] | None = None,
+    ) -> BaftEditor:
+        """An editor of a model by name (built-in, folder or hub id), or of an adapter folder with its base model.
+
+        Raises:
+            ModelError: the model cannot be loaded.
+            AdapterError: the adapter is damaged or does not fit its base model.
+        """
+        if (Path(name).expanduser() / DESCRIPTION).is_file():
+            if config is not None:
+                raise ConfigError(f"{os.fspath(name)!r} is an adapter and has its own settings; leave config out")
+            state, description = read_directory(name)
+            base = description["base_model"]
+            dtype = dtype or base.get("dtype")
+            model, tokenizer = load_model(base["name"], device=device, dtype=dtype, revision=base.get("revision"))
+            config = BaftConfig.from_dict(description["config"], where=f"{name}: ")
+            editor = cls(model, tokenizer, config, model_name=base["name"], bank_texts=bank_texts)
+            try:
+                editor._take(state, description, f"{os.fspath(name)}: ")
+            except BaseException:
+                editor.detach()
+                raise
+            return editor
+        model, tokenizer = load_model(os.fspath(name), device=device, dtype=dtype, revision=revision)
+        return cls(model, tokenizer, config, model_name=os.fspath(name), bank_texts=bank_texts)
+
+    def load_adapter(self, path: str | os.PathLike[str]) -> None:
+        """Replace this editor's edits by those of an adapter folder of the same base model; all or nothing.
+
+        Raises:
+            AdapterError: damaged, of another model or schema, or of other settings than this editor's.
+        """
+        state, description = read_directory(path)
+        theirs = BaftConfig.from_dict(description["config"], where=f"{path}: ")
+        for field in dataclasses.fields(BaftConfig):
+            if getattr(theirs, field.name) != getattr(self.config, field.name) and field.name not in _TRAINING_ONLY:
+                raise AdapterError(
+                    f"{path}: the adapter has {field.name} = {getattr(theirs, field.name)!r}, this editor "
+                    f"{getattr(self.config, field.name)!r}; load it with BaftEditor.from_pretrained"
+                )
+        self._take(state, description, f"{os.fspath(path)}: ")
+
+    def _take(self, state: Mapping[str, Any], description: Mapping[str, Any], where: str) -> None:
+        base = description["base_model"]
+        for what, here in (("config_hash", config_hash(self.model)), ("fingerprint", model_fingerprint(self.model))):
+            if base.get(what) != here:
+                reason = "architecture" if what == "config_hash" else "weights"
+                raise AdapterError(
+                    f"{where}the adapter was made for {base.get('name')!r} ({base.get('dtype')}), and this model's "
+                    f"{reason} are not the same ({what} {str(base.get(what))[:12]} against {here[:12]}); nothing was loaded"
+                )
+        if list(description["layers"]) != list(self.adapter.layers):
+            raise AdapterError(f"{where}layers are {description['layers']}, the settings say {list(self.adapter.layers)}")
+        self.adapter.load_state(state, description["edits"], where)
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> Path:
+        """Write the edits to a folder (``adapter.safetensors`` and ``adapter.json``), atomically.
+
+        Raises:
+            AdapterError: the folder holds something else, or cannot be written.
+        """
+        dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        base = {
+            "name": self.model_name, "revision": getattr(self.model.config, "_commit_hash", None), "dtype": dtype,
+            "fingerprint": model_fingerprint(self.model), "config_hash": config_hash(self.model),
+        }  # fmt: skip
+        description = {
+            "base_model": base, "config": self.config.to_dict(), "layers": list(self.adapter.layers),
+            "edits": [edit.summary() for edit in self.adapter.edits], "versions": library_versions(),
+        }  # fmt: skip
+        return write_directory(path, self.adapter.state(), description)
+
+    def attach(self) -> None:
+        """Put the edits back on the model after :meth:`detach`."""
+        self.adapter.attach()
+
+    def detach(self) -> None:
+        """Take this editor's hooks off the model, which then is what it was before."""
+        self.adapter.detach()
+
+    def enabled(self, value: bool = True) -> contextlib.AbstractContextManager[None]:
+        """``with editor.enabled(False):`` the unedited model answers."""
+        return self.adapter.enabled(value)
+
+    # ------------------------------------------------------------------------------------------ editing
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        return self.adapter.edits
+
+    def edit(self, requests: EditRequest | Sequence[EditRequest], *, progress: bool = False) -> EditReport:
+        """Train and commit one or several edits: all of them, or on an error none.
+
+        A later edit of a prompt supersedes the earlier one. An interrupt (Ctrl-C) keeps the edits that are finished.
+
+        Args:
+            requests: what to change.
+            progress: show a bar with the time left.
+
+        Raises:
+            RequestError: an empty list, two requests with one prompt, a target of no token.
+            PositionError: a position rule that finds no token, e.g. a subject that is not in its prompt.
+            EditError: a loss that is not finite.
+        """
+        begin = time.perf_counter()
+        items = [requests] if isinstance(requests, EditRequest) else list(requests)
+        self._check(items)
+        self._prepare()
+        replaced = tuple(e.id for e in self.edits if {r.prompt for r in e.requests} <= {r.prompt for r in items})
+        groups = [tuple(items)] if self.config.allocation == "joint" else [(item,) for item in items]
+        before = self.edits
+        done: list[Edit] = []
+        engine = make_engine(self.model, self.tokenizer, self.config, self.adapter.layers)
+        try:
+            self.adapter.set_edits([e for e in before if e.id not in replaced])
+            with self.adapter.enabled(False):
+                for group in tqdm(groups, desc="editing", unit="edit", disable=not progress, dynamic_ncols=True):
+                    trained = engine.train(group, self._surroundings())
+                    edit = Edit(
+                        group[0].id, group, trained.tensors, trained.used, trained.loss, trained.steps, trained.seconds,
+                        trained.reached,
+                    )  # fmt: skip
+                    self.adapter.set_edits([*self.edits, edit])
+                    done.append(edit)
+        except KeyboardInterrupt:
+            logger.warning("interrupted: %d of %d edits are finished and stay", len(done), len(groups))
+            finished = {r.prompt for e in done for r in e.requests}
+            self.adapter.set_edits([e for e in before if not {r.prompt for r in e.requests} <= finished] + done)
+            raise
+        except BaseException:
+            self.adapter.set_edits(before)
+            raise
+        for edit in done:
+            if not edit.reached:
+                logger.warning(
+                    "%s: after %d steps the model does not give the whole target (loss %.3f); raise steps or rank",
+                    edit.requests[0].where, edit.steps, edit.loss,
+                )  # fmt: skip
+        return EditReport(tuple(done), replaced, time.perf_counter() - begin)
+
+    def undo(self, edit_id: str) -> Edit:
+        """Take one edit back and return it.
+
+        With a routed weighting (``cosine``) every edit has its own bases and the adapter is as if it had never been.
+        Where updates are summed (``constant``, ``linear``, ``mlp``), later edits were trained on top of it and stay so.
+
+        Raises:
+            EditError: no edit of this id, or one that was trained jointly with others.
+        """
+        for edit in self.edits:
+            if edit.id == edit_id:
+                self.adapter.set_edits([e for e in self.edits if e.id != edit_id])
+                return edit
+            if any(r.id == edit_id for r in edit.requests):
+                raise EditError(f"request {edit_id!r} was trained jointly in edit {edit.id!r}; undo that one as a whole")
+        known = ", ".join(e.id for e in self.edits[:10]) or "none"
+        raise EditError(f"there is no edit {edit_id!r}; edits: {known}{' …' if len(self.edits) > 10 else ''}")
+
+    def _check(self, items: Sequence[EditRequest]) -> None:
+        if not items:
+            raise RequestError("there is no request to edit; give at least one EditRequest")
+        prompts: dict[str, EditRequest] = {}
+        for i, item in enumerate(items):
+            if not isinstance(item, EditRequest):
+                raise RequestError(f"requests[{i}] is {item!r}; it must be an EditRequest (EditRequest.from_dict reads dicts)")
+            if item.prompt in prompts:
+                raise RequestError(
+                    f"{item.where}: the same prompt is edited twice in one call, to {prompts[item.prompt].target_new!r} and "
+                    f"to {item.target_new!r}; keep one"
+                )
+            prompts[item.prompt] = item
+            encode_request(self.tokenizer, item, self.config)
+        taken = {e.id for e in self.edits if not {r.prompt for r in e.requests} <= set(prompts)}
+        ids = [item.id for item in items]
+        for item in items:
+            if item.id in taken or ids.count(item.id) > 1:
+                raise RequestError(f"{item.where}: the id {item.id!r} is taken by another edit; choose another id")
+
+    def _prepare(self) -> None:
+        """Fit what the edits of each layer share, before the first edit."""
+        for layer in self.adapter.layers:
+            network = self.adapter.network(layer)
+            if network.shared and not self.adapter.shared[layer]:
+                network.fit_shared(self._bank()[layer])
+                self.adapter.shared[layer] = {n: t.clone() for n, t in network.state_dict().items() if is_shared(network, n)}
+
+    def _bank(self) -> dict[int, torch.Tensor]:
+        if not (self.config.needs_bank or self.config.locality_coefficient):
+            return {}
+        with self.adapter.enabled(False):
+            return get_bank(
+                self.model, self.tokenizer, self.adapter.layers, size=self.config.bank_size, texts=self.bank_texts,
+                seed=self.config.seed,
+            )  # fmt: skip
+
+    def _surroundings(self) -> Surroundings:
+        earlier = {}
+        if self.edits and not self.adapter.network(self.adapter.layers[0]).routed:
+            earlier = {layer: lambda x, layer=layer: self.adapter.stack(layer, x.device).update(x) for layer in self.adapter.layers}
+        return Surroundings(self._bank(), self.adapter.shared, self.adapter.used(), earlier)
+
+    # ------------------------------------------------------------------------------------------ asking
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: str | Sequence[str], *, max_new_tokens: int = 32, batch_size: int = 32, **options: Any
+    ) -> Any:
+        """What the edited model writes after each prompt, the prompt itself left out.
+
+        Args:
+            prompts: one text or several; several are padded on the left and answered together.
+            max_new_tokens: at most so many tokens.
+            batch_size: prompts a batch.
+            options: of ``model.generate`` (``do_sample``, ``num_beams``, ``num_return_sequences``, ``use_cache``, …); greedy
+                by default.
+
+        Returns:
+            A string for one prompt, a list for several; with ``num_return_sequences > 1`` a list of strings in place of
+            each string.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        options = {"do_sample": False, **options}
+        if not options["do_sample"]:  # a model's own sampling settings only draw warnings in greedy search
+            options = {"temperature": None, "top_p": None, "top_k": None, **options}
+        several = options.get("num_return_sequences") or 1
+        answers: list[Any] = []
+        device = next(self.model.parameters()).device
+        for begin in range(0, len(texts), batch_size):
+            rows = [encode_prompt(self.tokenizer, text) for text in texts[begin : begin + batch_size]]
+            ids, mask = pad_rows(rows, pad_token_id(self.tokenizer), side="left")
+            with self.adapter.prompts([len(row) for row in rows]):
+                out = self.model.generate(
+                    input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max_new_tokens,
+                    pad_token_id=pad_token_id(self.tokenizer), **options,
+                )  # fmt: skip
+            sequences = getattr(out, "sequences", out)
+            decoded = self.tokenizer.batch_decode(sequences[:, ids.shape[1] :], skip_special_tokens=True)
+            if several > 1:
+                answers += [decoded[i : i + several] for i in range(0, len(decoded), several)]
+            else:
+                answers += decoded
+        return answers[0] if isinstance(prompts, str) else answers
+
+
+# settings that only training reads: an adapter made with others answers the same
+_TRAINING_ONLY = {
+    "learning_rate", "weight_decay", "steps", "loss_target", "append_eos", "locality_coefficient", "balance_coefficient",
+    "bank_size", "max_grad_norm", "seed", "engine", "init", "allocation",
+}  # fmt: skip
