@@ -10,6 +10,34 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+__all__ = [
+    "AdapterError",
+    "BaftAdapter",
+    "BaftConfig",
+    "BaftEditor",
+    "BaftError",
+    "BaftTrainer",
+    "BasisWeightedLoReFTIntervention",
+    "BasisWeightedMap",
+    "ConfigError",
+    "DataError",
+    "Edit",
+    "EditError",
+    "EditReport",
+    "EditRequest",
+    "ModelError",
+    "PositionError",
+    "Probe",
+    "RequestError",
+    "WeightingNetwork",
+    "__version__",
+    "load_facts",
+    "load_model",
+    "load_requests",
+    "make_edit_data_module",
+    "register_weighting",
+]
+
 # name -> module; resolved on first use, so that `import baft_intervention` costs nothing it does not need
 _PUBLIC = {
     "AdapterError": "errors",
@@ -37,7 +65,6 @@ _PUBLIC = {
     "make_edit_data_module": "training.data_module",
     "register_weighting": "weighting",
 }
-__all__ = sorted([*_PUBLIC, "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 _NEEDS = {"pyvene": "reft", "pyreft": "reft", "datasets": "data"}  # import name -> extra that brings it
 
@@ -82,4 +109,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted(__all__)

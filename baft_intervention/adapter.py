@@ -81,7 +81,9 @@ class BaftAdapter:
         self.layers = config.resolved_layers(len(self.blocks))
         self.embed_dim = hidden_size(model)
         if config.rank > self.embed_dim:
-            raise AdapterError(f"rank is {config.rank}, but the model's hidden size is {self.embed_dim}; lower the rank")
+            raise AdapterError(
+                f"rank is {config.rank}, but the model's hidden size is {self.embed_dim}; lower the rank"
+            )
         self.edits: tuple[Edit, ...] = ()
         self.shared: dict[int, dict[str, Tensor]] = {layer: {} for layer in self.layers}
         self._tracker = CallTracker(model)
@@ -104,7 +106,9 @@ class BaftAdapter:
 
     def network(self, layer: int) -> WeightingNetwork:
         """The weighting network's structure with the layer's shared state."""
-        network = make_weighting(self.config.weighting, self.embed_dim, self.config.rank, **self.config.weighting_options)
+        network = make_weighting(
+            self.config.weighting, self.embed_dim, self.config.rank, **self.config.weighting_options
+        )
         if self.shared[layer]:
             network.load_state_dict({**network.state_dict(), **self.shared[layer]})
         return network.requires_grad_(False)
@@ -137,7 +141,9 @@ class BaftAdapter:
         if self._handles:
             return
         self._tracker.attach()
-        self._handles = [hook_block(self.blocks[layer], lambda h, layer=layer: self._change(layer, h)) for layer in self.layers]
+        self._handles = [
+            hook_block(self.blocks[layer], lambda h, layer=layer: self._change(layer, h)) for layer in self.layers
+        ]
 
     def detach(self) -> None:
         """Take this adapter's hooks off, and no other's; the model is as before."""
@@ -198,7 +204,9 @@ class BaftAdapter:
         """
         expected: dict[str, tuple[int, ...] | None] = {}
         for layer in self.layers:
-            network = make_weighting(self.config.weighting, self.embed_dim, self.config.rank, **self.config.weighting_options)
+            network = make_weighting(
+                self.config.weighting, self.embed_dim, self.config.rank, **self.config.weighting_options
+            )
             for name, tensor in network.state_dict().items():
                 if is_shared(network, name):
                     # k directions of a whitening are data: only the last dimension is known

@@ -59,7 +59,9 @@ class BasisWeightedMap(nn.Module):
             self.source_weight.data, self.source_bias.data = linear.weight.data, linear.bias.data
         if isinstance(weighting, WeightingNetwork):
             if weighting_options:
-                raise ConfigError("weighting_options are given beside a network that is built already; give one of them")
+                raise ConfigError(
+                    "weighting_options are given beside a network that is built already; give one of them"
+                )
             if (weighting.embed_dim, weighting.rank) != (embed_dim, low_rank_dimension):
                 raise ConfigError(
                     f"the weighting network is for d = {weighting.embed_dim}, r = {weighting.rank}; "
@@ -69,7 +71,9 @@ class BasisWeightedMap(nn.Module):
         else:
             self.weighting = make_weighting(weighting, embed_dim, low_rank_dimension, **(weighting_options or {}))
         # kept in the state, so that a door that forgets constructor arguments (pyvene's load) rebuilds the right network
-        self.weighting_spec = {"name": weighting, "options": weighting_options or {}} if isinstance(weighting, str) else None
+        self.weighting_spec = (
+            {"name": weighting, "options": weighting_options or {}} if isinstance(weighting, str) else None
+        )
         self.last_weights: Tensor | None = None
         self._rotation_cache: tuple[Tensor, Tensor] | None = None
 
@@ -98,13 +102,13 @@ class BasisWeightedMap(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         """Read by :meth:`_load_from_state_dict`, before the tensors are."""
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
         packed = state_dict.get(prefix + "_extra_state")
         spec = json.loads(bytes(packed.cpu().tolist())) if packed is not None else None
         if spec is not None and spec != self.weighting_spec:
             network = make_weighting(spec["name"], self.basis.shape[1], self.basis.shape[0], **spec["options"])
             self.weighting, self.weighting_spec = network.to(self.basis.device), spec
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(self, h: Tensor) -> Tensor:
         delta, weights = self.update(h)

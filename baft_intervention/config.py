@@ -102,7 +102,9 @@ class BaftConfig:
         object.__setattr__(self, "weighting_options", dict(self.weighting_options))
         make_weighting(self.weighting, 2, 1, **self.weighting_options)  # an unknown option is told now, not at training
         if self.bank_size == 0 and (self.needs_bank or self.locality_coefficient):
-            reason = "locality_coefficient > 0 needs" if self.locality_coefficient else f"weighting {self.weighting!r} needs"
+            reason = (
+                "locality_coefficient > 0 needs" if self.locality_coefficient else f"weighting {self.weighting!r} needs"
+            )
             raise ConfigError(f"bank_size is 0, but {reason} unrelated representations; give bank_size, e.g. 256")
 
     @property

@@ -83,7 +83,8 @@ class BaftEditor:
         model_name: str | None = None,
         bank_texts: Sequence[str] | None = None,
     ):
-        self.model, self.tokenizer = model, tokenizer
+        self.model: Any = model  # nn.Module, with the generate() of transformers
+        self.tokenizer = tokenizer
         self.config = config or BaftConfig()
         self.model_name = model_name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         self.bank_texts = None if bank_texts is None else tuple(bank_texts)
@@ -154,7 +155,9 @@ class BaftEditor:
                     f"{reason} are not the same ({what} {str(base.get(what))[:12]} against {here[:12]}); nothing was loaded"
                 )
         if list(description["layers"]) != list(self.adapter.layers):
-            raise AdapterError(f"{where}layers are {description['layers']}, the settings say {list(self.adapter.layers)}")
+            raise AdapterError(
+                f"{where}layers are {description['layers']}, the settings say {list(self.adapter.layers)}"
+            )
         self.adapter.load_state(state, description["edits"], where)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> Path:
@@ -256,7 +259,9 @@ class BaftEditor:
                 self.adapter.set_edits([e for e in self.edits if e.id != edit_id])
                 return edit
             if any(r.id == edit_id for r in edit.requests):
-                raise EditError(f"request {edit_id!r} was trained jointly in edit {edit.id!r}; undo that one as a whole")
+                raise EditError(
+                    f"request {edit_id!r} was trained jointly in edit {edit.id!r}; undo that one as a whole"
+                )
         known = ", ".join(e.id for e in self.edits[:10]) or "none"
         raise EditError(f"there is no edit {edit_id!r}; edits: {known}{' …' if len(self.edits) > 10 else ''}")
 
@@ -266,7 +271,9 @@ class BaftEditor:
         prompts: dict[str, EditRequest] = {}
         for i, item in enumerate(items):
             if not isinstance(item, EditRequest):
-                raise RequestError(f"requests[{i}] is {item!r}; it must be an EditRequest (EditRequest.from_dict reads dicts)")
+                raise RequestError(
+                    f"requests[{i}] is {item!r}; it must be an EditRequest (EditRequest.from_dict reads dicts)"
+                )
             if item.prompt in prompts:
                 raise RequestError(
                     f"{item.where}: the same prompt is edited twice in one call, to {prompts[item.prompt].target_new!r} and "
@@ -286,7 +293,9 @@ class BaftEditor:
             network = self.adapter.network(layer)
             if network.shared and not self.adapter.shared[layer]:
                 network.fit_shared(self._bank()[layer])
-                self.adapter.shared[layer] = {n: t.clone() for n, t in network.state_dict().items() if is_shared(network, n)}
+                self.adapter.shared[layer] = {
+                    n: t.clone() for n, t in network.state_dict().items() if is_shared(network, n)
+                }
 
     def _bank(self) -> dict[int, torch.Tensor]:
         if not (self.config.needs_bank or self.config.locality_coefficient):
@@ -300,7 +309,10 @@ class BaftEditor:
     def _surroundings(self) -> Surroundings:
         earlier = {}
         if self.edits and not self.adapter.network(self.adapter.layers[0]).routed:
-            earlier = {layer: lambda x, layer=layer: self.adapter.stack(layer, x.device).update(x) for layer in self.adapter.layers}
+            earlier = {
+                layer: lambda x, layer=layer: self.adapter.stack(layer, x.device).update(x)
+                for layer in self.adapter.layers
+            }
         return Surroundings(self._bank(), self.adapter.shared, self.adapter.used(), earlier)
 
     # ------------------------------------------------------------------------------------------ asking

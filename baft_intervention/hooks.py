@@ -25,13 +25,17 @@ class _Call:
         self.ids, self.attention_mask, self.past, self.lengths = ids, attention_mask, past, lengths
         self._found: dict[PositionRule, tuple[Tensor, Tensor] | None] = {}
 
-    def positions(self, rule: PositionRule, subjects: list[list[int]], rows: int, width: int) -> tuple[Tensor, Tensor] | None:
+    def positions(
+        self, rule: PositionRule, subjects: list[list[int]], rows: int, width: int
+    ) -> tuple[Tensor, Tensor] | None:
         """``(row, column)`` indices of the edited tokens, or None where this call has none."""
         if rule not in self._found:
             self._found[rule] = self._find(rule, subjects, rows, width)
         return self._found[rule]
 
-    def _find(self, rule: PositionRule, subjects: list[list[int]], rows: int, width: int) -> tuple[Tensor, Tensor] | None:
+    def _find(
+        self, rule: PositionRule, subjects: list[list[int]], rows: int, width: int
+    ) -> tuple[Tensor, Tensor] | None:
         if self.past and rule.kind != "all" and self.lengths is None:
             return None  # a decoding step: the prompt was edited when it was read
         if self.past and rule.kind != "all" and self.past >= self._widest(rows):
@@ -122,7 +126,9 @@ class CallTracker:
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
-        self._call = _Call(ids, kwargs.get("attention_mask"), _past_length(kwargs.get("past_key_values")), self._lengths)
+        self._call = _Call(
+            ids, kwargs.get("attention_mask"), _past_length(kwargs.get("past_key_values")), self._lengths
+        )
 
     def _leave(self, *_: Any) -> None:
         self._call = None

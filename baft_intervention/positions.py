@@ -103,7 +103,12 @@ class PositionRule:
 
 
 def prompt_positions(
-    rule: PositionRule, tokenizer: Any, prompt: str, prompt_ids: Sequence[int], subject: str | None = None, target_len: int = 0
+    rule: PositionRule,
+    tokenizer: Any,
+    prompt: str,
+    prompt_ids: Sequence[int],
+    subject: str | None = None,
+    target_len: int = 0,
 ) -> list[int]:
     """Indices into ``prompt_ids`` (for ``all``: into prompt and target) that the rule edits; sorted, at least one.
 
@@ -122,7 +127,9 @@ def prompt_positions(
 
 def _subject_span(tokenizer: Any, prompt: str, prompt_ids: Sequence[int], subject: str | None) -> list[int]:
     if not subject:
-        raise PositionError(f"the prompt {prompt!r} comes without a subject, and the position rule needs one; give subject=")
+        raise PositionError(
+            f"the prompt {prompt!r} comes without a subject, and the position rule needs one; give subject="
+        )
     count = len(re.findall(f"(?={re.escape(subject)})", prompt))
     if count != 1:
         found = "does not occur" if count == 0 else f"occurs {count} times"

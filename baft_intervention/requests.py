@@ -163,7 +163,8 @@ class EditRequest:
         if not isinstance(probes, (list, tuple)):
             raise RequestError(f"{where}probes must be a list, got {probes!r}")
         values["probes"] = tuple(
-            p if isinstance(p, Probe) else Probe.from_dict(p, where=f"{where}probes[{i}]: ") for i, p in enumerate(probes)
+            p if isinstance(p, Probe) else Probe.from_dict(p, where=f"{where}probes[{i}]: ")
+            for i, p in enumerate(probes)
         )
         if origin:
             values["origin"] = origin

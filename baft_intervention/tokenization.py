@@ -58,7 +58,9 @@ def encode_pair(tokenizer: Any, prompt: str, target: str) -> tuple[list[int], li
             if target_ids:
                 break
     if not target_ids or not tokenizer.decode(target_ids).strip():
-        raise RequestError(f"the tokenizer makes no token of the target {target!r} after {prompt!r}; give a non-empty target")
+        raise RequestError(
+            f"the tokenizer makes no token of the target {target!r} after {prompt!r}; give a non-empty target"
+        )
     return prompt_ids, target_ids
 
 

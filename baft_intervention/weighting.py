@@ -129,6 +129,8 @@ class ConstantWeighting(WeightingNetwork):
         value: the weight, in [0, 1].
     """
 
+    value: Tensor
+
     def __init__(self, embed_dim: int, rank: int, *, value: float = 1.0):
         super().__init__(embed_dim, rank)
         if not 0.0 <= value <= 1.0:
@@ -212,9 +214,17 @@ class CosineWeighting(WeightingNetwork):
     routed = True
     needs_bank = True
     shared = ("whitening",)
+    key: Tensor
+    threshold: Tensor
 
     def __init__(
-        self, embed_dim: int, rank: int, *, sharpness: float = 60.0, false_positive_rate: float = 0.005, floor: float = 0.2
+        self,
+        embed_dim: int,
+        rank: int,
+        *,
+        sharpness: float = 60.0,
+        false_positive_rate: float = 0.005,
+        floor: float = 0.2,
     ):
         super().__init__(embed_dim, rank)
         if not sharpness > 0:

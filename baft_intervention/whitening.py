@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -40,7 +42,9 @@ class Whitening(nn.Module):
         return x - ((x @ self.directions.mT) * self.shrink) @ self.directions
 
     @torch.no_grad()
-    def fit(self, bank: Tensor, *, shrinkage: float = 0.1, tolerance: float = 0.02, max_components: int = 512) -> Whitening:
+    def fit(
+        self, bank: Tensor, *, shrinkage: float = 0.1, tolerance: float = 0.02, max_components: int = 512
+    ) -> Whitening:
         """Set mean and directions from ``bank (N, d)``, N >= 2.
 
         Raises:
@@ -65,9 +69,9 @@ class Whitening(nn.Module):
         self.shrink = shrink[keep].to(self.mean)
         return self
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
         for name in ("directions", "shrink"):  # k is data, not structure: take the shape that comes
             saved = state_dict.get(prefix + name)
             if saved is not None and saved.shape != getattr(self, name).shape:
                 setattr(self, name, torch.empty_like(saved, device=self.mean.device))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ OPENINGS = (
 POSITIONS_PER_TEXT = 4  # the last token, and three inside
 
 
-def write_texts(model: nn.Module, tokenizer: Any, count: int, *, seed: int = 0, max_new_tokens: int = 16) -> list[str]:
+def write_texts(model: Any, tokenizer: Any, count: int, *, seed: int = 0, max_new_tokens: int = 16) -> list[str]:
     """``count`` short texts that ``model`` writes itself: sampled continuations of :data:`OPENINGS`. Same seed, same texts."""
     openings = [OPENINGS[i % len(OPENINGS)] for i in range(count)]
     device = next(model.parameters()).device
@@ -65,7 +65,13 @@ def write_texts(model: nn.Module, tokenizer: Any, count: int, *, seed: int = 0, 
 
 @torch.no_grad()
 def representations(
-    model: nn.Module, tokenizer: Any, texts: Sequence[str], layers: Sequence[int], *, seed: int = 0, batch_size: int = 32
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    layers: Sequence[int],
+    *,
+    seed: int = 0,
+    batch_size: int = 32,
 ) -> dict[int, Tensor]:
     """Block outputs of ``texts`` at their last and some inner tokens: ``layer -> (N, d)`` fp32 on the CPU.
 
@@ -94,10 +100,7 @@ def representations(
             ids, mask = pad_rows([rows[i] for i in batch], pad_token_id(tokenizer))
             seen: dict[int, Tensor] = {}
 
-            def keep(layer: int, into: dict[int, Tensor] = seen):
-                return lambda hidden: into.__setitem__(layer, hidden.detach())
-
-            handles = [hook_block(blocks[layer], keep(layer)) for layer in layers]
+            handles = [hook_block(blocks[layer], _keep(seen, layer)) for layer in layers]
             try:
                 model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
             finally:
@@ -111,6 +114,13 @@ def representations(
     finally:
         model.train(was_training)
     return {layer: torch.cat(parts) for layer, parts in found.items()}
+
+
+def _keep(seen: dict[int, Tensor], layer: int) -> Callable[[Tensor], None]:
+    def keep(hidden: Tensor) -> None:
+        seen[layer] = hidden.detach()
+
+    return keep
 
 
 def get_bank(

@@ -117,13 +117,19 @@ def edit_seed(seed: int, requests: Sequence[EditRequest]) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}\x1f{text}".encode("utf-8", "surrogatepass")).digest()[:7], "big")
 
 
-def make_maps(config: BaftConfig, dim: int, layers: Sequence[int], around: Surroundings, seed: int) -> dict[int, BasisWeightedMap]:
+def make_maps(
+    config: BaftConfig, dim: int, layers: Sequence[int], around: Surroundings, seed: int
+) -> dict[int, BasisWeightedMap]:
     """Fresh maps of one edit, seeded, with the shared state of their layer filled in."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         maps = {
             layer: BasisWeightedMap(
-                dim, config.rank, weighting=config.weighting, weighting_options=dict(config.weighting_options), init=config.init
+                dim,
+                config.rank,
+                weighting=config.weighting,
+                weighting_options=dict(config.weighting_options),
+                init=config.init,
             )
             for layer in layers
         }
@@ -136,7 +142,11 @@ def make_maps(config: BaftConfig, dim: int, layers: Sequence[int], around: Surro
 def map_tensors(module: BasisWeightedMap) -> dict[str, Tensor]:
     """The tensors of a trained map that are its own, as an adapter keeps them."""
     with torch.no_grad():
-        tensors = {"rotation": module.rotation, "source_weight": module.source_weight, "source_bias": module.source_bias}
+        tensors = {
+            "rotation": module.rotation,
+            "source_weight": module.source_weight,
+            "source_bias": module.source_bias,
+        }
         for name, tensor in module.weighting.state_dict().items():
             if not is_shared(module.weighting, name):
                 tensors[f"weighting.{name}"] = tensor
@@ -184,6 +194,7 @@ class ReferenceEngine:
             optimiser = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
             loss = math.inf
             reached, steps = False, 0
+            weights: dict[int, Tensor] = {}
             for steps in range(config.steps + 1):  # the last round only looks at the result
                 with torch.enable_grad():
                     with self._hooked(maps, where, around) as weights:
@@ -208,7 +219,9 @@ class ReferenceEngine:
         tensors = {layer: map_tensors(module) for layer, module in maps.items()}
         return TrainedEdit(tensors, used, loss, steps, time.perf_counter() - begin, reached)
 
-    def _start(self, maps: Mapping[int, BasisWeightedMap], batch: dict, where: tuple, around: Surroundings, bank: Mapping) -> None:
+    def _start(
+        self, maps: Mapping[int, BasisWeightedMap], batch: dict, where: tuple, around: Surroundings, bank: Mapping
+    ) -> None:
         """Let the weighting networks start from the edit's own representations, which one plain forward gives."""
         seen: dict[int, Tensor] = {}
         handles = [
@@ -225,7 +238,9 @@ class ReferenceEngine:
             module.weighting.start_from(seen[layer], bank.get(layer))
 
     @contextlib.contextmanager
-    def _hooked(self, maps: Mapping[int, BasisWeightedMap], where: tuple, around: Surroundings) -> Iterator[dict[int, Tensor]]:
+    def _hooked(
+        self, maps: Mapping[int, BasisWeightedMap], where: tuple, around: Surroundings
+    ) -> Iterator[dict[int, Tensor]]:
         weights: dict[int, Tensor] = {}
 
         def change(layer: int) -> Callable[[Tensor], Tensor]:
@@ -245,14 +260,18 @@ class ReferenceEngine:
             for handle in handles:
                 handle.remove()
 
-    def _regularisation(self, maps: Mapping, weights: Mapping[int, Tensor], around: Surroundings, bank: Mapping) -> Tensor | float:
+    def _regularisation(
+        self, maps: Mapping, weights: Mapping[int, Tensor], around: Surroundings, bank: Mapping
+    ) -> Tensor | float:
         config, total = self.config, 0.0
         for layer, module in maps.items():
             if config.locality_coefficient and layer in bank:
                 total = total + config.locality_coefficient * locality_loss(module.weighting(bank[layer]))
             if config.balance_coefficient:
                 used = around.used.get(layer, torch.zeros(config.rank))
-                total = total + config.balance_coefficient * balance_loss(weights[layer], used.to(weights[layer].device))
+                total = total + config.balance_coefficient * balance_loss(
+                    weights[layer], used.to(weights[layer].device)
+                )
         return total
 
 
