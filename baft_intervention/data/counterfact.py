@@ -1,0 +1,126 @@
+"""CounterFact (Meng et al. 2022, ROME, arXiv 2202.05262), in ROME's own form and in EasyEdit's flat one.
+
+ROME's form::
+
+    {"case_id": 0, "requested_rewrite": {"prompt": "The mother tongue of {} is", "subject": "…", "relation_id": "P103",
+        "target_new": {"str": "…", "id": "Q…"}, "target_true": {"str": "…", "id": "Q…"}},
+     "paraphrase_prompts": ["…", "…"], "neighborhood_prompts": [10], "attribute_prompts": [10], "generation_prompts": [10],
+     "portability": {"Recalled Relation": "…", "New Question": "…", "New Answer": "…"}}
+
+and what its prompt lists become (option ``include`` says which are read):
+    * ``paraphrase``: kind ``rephrase``; ROME puts an unrelated sentence before each. Must give the new answer,
+      so ``answers`` is the new and ``contrast`` the true one.
+    * ``neighborhood``: kind ``locality``; the same template, another subject that shares the *true* answer. It must
+      keep it: ``answers`` is the true, ``contrast`` the new answer. The hard negatives of this benchmark.
+    * ``attribute``: kind ``locality``; subjects of which the *new* answer is true in reality; ``answers`` is the new one.
+      ROME's tables do not use them; not read by default.
+    * ``generation``: kind ``portability``, no answer; ROME's fluency and consistency texts start from them. Not read by
+      default: teacher-forced accuracy has nothing to score there.
+    * ``portability``: one hop further, added by EasyEdit's authors; group ``one_hop``.
+
+EasyEdit's flat form has one of each: ``prompt``, ``target_new``, ``ground_truth``, ``rephrase_prompt``, ``locality_prompt``,
+``locality_ground_truth``. Trap: its ``rephrase_prompt`` is often one of ROME's *generation* prompts ("Where X is from, people
+speak the language of"), which is a consequence rather than a paraphrase. Scores of the two files differ for that reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..requests import EditRequest, Probe
+from .record import Record
+from .registry import register_format
+
+PARTS = ("paraphrase", "neighborhood", "attribute", "generation", "portability")
+DEFAULT_PARTS = ("paraphrase", "neighborhood", "portability")
+
+
+def fill(record: Record, name: str, subject: str) -> str:
+    """A ``{}`` template with the subject put in; other braces stay as they are."""
+    template = record.text(name)
+    if "{}" not in template:
+        raise record.error(name, f"has no {{}} where the subject goes: {template!r}")
+    return template.replace("{}", subject)
+
+
+def answer_text(record: Record, name: str) -> str:
+    """ROME writes an answer as ``{"str": "…", "id": "Q…"}``; a plain text is accepted, too."""
+    if isinstance(record.data.get(name), Mapping):
+        return record.child(name).text("str")
+    return record.text(name)
+
+
+def one_hop(record: Record, name: str = "portability") -> tuple[Probe, ...]:
+    """EasyEdit's one-hop question, where the record has one."""
+    if not record.has(name):
+        return ()
+    hop = record.child(name)
+    return record.probe(hop.text("New Question"), "portability", hop.answers("New Answer"), group="one_hop")
+
+
+def _is_rome(row: Mapping[str, Any]) -> bool:
+    return isinstance(row.get("requested_rewrite"), Mapping)
+
+
+@register_format("counterfact", matches=_is_rome)
+def read_counterfact(record: Record, *, include: tuple[str, ...] = DEFAULT_PARTS) -> EditRequest:
+    """CounterFact in ROME's form (requested_rewrite, paraphrase_prompts, neighborhood_prompts, ...).
+
+    Args:
+        record: the record.
+        include: which prompt lists become probes: paraphrase, neighborhood, attribute, generation, portability.
+    """
+    rewrite = record.child("requested_rewrite")
+    subject = rewrite.text("subject")
+    new, true = answer_text(rewrite, "target_new"), answer_text(rewrite, "target_true")
+    probes: list[Probe] = []
+    if "paraphrase" in include:
+        for prompt in record.texts("paraphrase_prompts"):
+            probes += record.probe(prompt, "rephrase", (new,), (true,), group="paraphrase")
+    if "neighborhood" in include:
+        for prompt in record.texts("neighborhood_prompts"):
+            probes += record.probe(prompt, "locality", (true,), (new,), group="neighborhood")
+    if "attribute" in include:
+        for prompt in record.texts("attribute_prompts"):
+            probes += record.probe(prompt, "locality", (new,), (true,), group="attribute")
+    if "generation" in include:  # the one probe without an answer that is no mistake; ROME repeats its prompts
+        for prompt in dict.fromkeys(record.texts("generation_prompts")):
+            probes.append(Probe(prompt=prompt, kind="portability", group="generation"))
+    if "portability" in include:
+        probes += one_hop(record)
+    return record.request(
+        prompt=fill(rewrite, "prompt", subject),
+        target_new=new,
+        subject=subject,
+        target_true=(true,) if true != new else (),
+        probes=tuple(probes),
+    )
+
+
+def _is_flat(row: Mapping[str, Any]) -> bool:
+    fields = ("prompt", "target_new", "ground_truth", "rephrase_prompt", "locality_prompt")
+    return all(name in row for name in fields)
+
+
+@register_format("counterfact_flat", matches=_is_flat, tasks=("counterfact",))
+def read_counterfact_flat(record: Record) -> EditRequest:
+    """CounterFact in EasyEdit's flat form (rephrase_prompt, locality_prompt, locality_ground_truth)."""
+    new = record.text("target_new")
+    true = tuple(answer for answer in record.answers("ground_truth") if answer != new)
+    probes: list[Probe] = []
+    for prompt in record.texts("rephrase_prompt"):
+        probes += record.probe(prompt, "rephrase", (new,), true, group="rephrase")
+    for prompt in record.texts("portability_prompt"):
+        probes += record.probe(prompt, "portability", record.answers("portability_ground_truth"), group="one_hop")
+    for prompt in record.texts("locality_prompt"):
+        probes += record.probe(
+            prompt, "locality", record.answers("locality_ground_truth"), (new,), group="neighborhood"
+        )
+    return record.request(
+        prompt=record.text("prompt"),
+        target_new=new,
+        subject=record.optional_text("subject"),
+        target_true=true,
+        probes=tuple(probes),
+    )

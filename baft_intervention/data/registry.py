@@ -1,0 +1,319 @@
+"""Formats by name: what a record looks like, who reads it, which benchmark tasks come in it.
+
+A *format* is a shape of records (``zsre_mend``: ``src``, ``alt``, …). A *task* is a benchmark (``zsre``), which may
+come in several formats. A format is found by the task's name or, without one, by the *fields* of the records;
+never by the file's name. A reader of one's own is one call away::
+
+    @register_format("trivia", matches=("q", "a"))
+    def read_trivia(record, *, lower: bool = False):
+        \"\"\"Trivia questions.\"\"\"
+        target = record.text("a")
+        return record.request(prompt=record.text("q"), target_new=target.lower() if lower else target)
+
+    load_requests("trivia.json", lower=True)
+
+The reader's keyword-only parameters are the format's options: their defaults and ``Literal`` annotations are
+checked before the first record is read, and the values in force are recorded in what :func:`load_requests` returns.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..errors import DataError
+from ..requests import EditRequest
+from .record import Record, shown
+
+Reader = Callable[..., EditRequest | Iterable[EditRequest]]
+Matcher = Callable[[Mapping[str, Any]], bool]
+
+# other spellings of a task's name that are in use; the canonical ones are those that formats register
+TASK_ALIASES = {
+    "wiki_counterfact": "wikidata_counterfact",
+    "wikidata_cf": "wikidata_counterfact",
+    "wiki_recent": "wikidata_recent",
+    "wiki_bio": "wikibio",
+    "sentiment": "convsent",
+    "sanitization": "sanitation",
+    "known_1000": "known",
+    "mend": "zsre_mend",
+    "facts": "own",
+    "csv": "own",
+}
+
+
+@dataclass(frozen=True)
+class Option:
+    """A setting of a reader: its default, and the values it may take (empty: any of the default's type)."""
+
+    default: Any
+    choices: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Format:
+    """A registered format.
+
+    Args:
+        name: unique; may be given as ``task`` to pin the format.
+        read: one :class:`Record` to one or several requests.
+        matches: whether a raw record has this format's fields.
+        tasks: the benchmark tasks that come in it.
+        task_of: which of them a raw record belongs to.
+        rows: takes the list of records out of a top-level object; None where that object is no such document.
+        options: what ``read`` takes by keyword.
+    """
+
+    name: str
+    read: Reader
+    matches: Matcher
+    tasks: tuple[str, ...]
+    task_of: Callable[[Mapping[str, Any]], str]
+    rows: Callable[[Mapping[str, Any]], Sequence[Any] | None]
+    options: Mapping[str, Option]
+
+    @property
+    def summary(self) -> str:
+        return (inspect.getdoc(self.read) or self.name).split("\n", 1)[0]
+
+
+_FORMATS: dict[str, Format] = {}
+
+
+def register_format(
+    name: str,
+    *,
+    matches: Matcher | Sequence[str],
+    tasks: Sequence[str] = (),
+    task_of: Callable[[Mapping[str, Any]], str] | None = None,
+    rows: Callable[[Mapping[str, Any]], Sequence[Any] | None] | None = None,
+    replace: bool = False,
+) -> Callable[[Reader], Reader]:
+    """Register a reader; use as a decorator, or call the result with a function.
+
+    Args:
+        name: the format's name.
+        matches: field names that a record must all have, or a function of the raw record. Formats that were
+            registered later are asked first, so one's own may take precedence over a shipped one.
+        tasks: benchmark tasks that come in this format; the format's name where left out.
+        task_of: which task a raw record belongs to, where there are several; the first where left out.
+        rows: for documents whose top level is an object: gives the list of records, or None.
+        replace: allow a name that is taken.
+
+    Raises:
+        DataError: the name is taken, or the reader's options cannot be passed by keyword.
+    """
+    fields = None if callable(matches) else tuple(matches)
+
+    def has_fields(row: Mapping[str, Any]) -> bool:
+        return all(field in row for field in fields or ())
+
+    def register(read: Reader) -> Reader:
+        if name in _FORMATS and not replace:
+            raise DataError(f"format {name!r} is registered already; choose another name or pass replace=True")
+        _FORMATS.pop(name, None)  # so that a replacement, too, counts as the latest
+        _FORMATS[name] = Format(
+            name=name,
+            read=read,
+            matches=typing.cast(Matcher, matches) if fields is None else has_fields,
+            tasks=tuple(tasks) or (name,),
+            task_of=task_of or (lambda row: (tuple(tasks) or (name,))[0]),
+            rows=rows or (lambda document: None),
+            options=_options_of(read, name),
+        )
+        return read
+
+    return register
+
+
+def unregister_format(name: str) -> None:
+    """Forget a format; unknown names are an error."""
+    format_named(name)
+    del _FORMATS[name]
+
+
+def formats() -> tuple[Format, ...]:
+    """All formats, the latest first: the order in which they are asked whether they know a record."""
+    return tuple(reversed(_FORMATS.values()))
+
+
+def tasks() -> tuple[str, ...]:
+    """All task names, sorted."""
+    return tuple(sorted({task for fmt in _FORMATS.values() for task in fmt.tasks}))
+
+
+def format_named(name: str) -> Format:
+    if name not in _FORMATS:
+        raise DataError(f"unknown format {name!r}; known formats: {', '.join(sorted(_FORMATS))}")
+    return _FORMATS[name]
+
+
+def _options_of(read: Reader, name: str) -> dict[str, Option]:
+    try:
+        hints = typing.get_type_hints(read)
+    except (NameError, TypeError):  # an annotation that cannot be resolved only costs its check
+        hints = {}
+    options = {}
+    for parameter in list(inspect.signature(read).parameters.values())[1:]:
+        if parameter.kind is not parameter.KEYWORD_ONLY or parameter.default is parameter.empty:
+            raise DataError(
+                f"format {name!r}: option {parameter.name!r} of the reader must be keyword-only and have a default"
+            )
+        hint = hints.get(parameter.name)
+        choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+        options[parameter.name] = Option(parameter.default, choices)
+    return options
+
+
+def resolve_options(fmt: Format, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options in force: defaults, with the given ones checked and, where they are text, converted.
+
+    Raises:
+        DataError: an unknown option, or a value that it cannot take.
+    """
+    values = {name: option.default for name, option in fmt.options.items()}
+    for name, value in given.items():
+        if name not in values:
+            known = ", ".join(values) or "none"
+            raise DataError(f"format {fmt.name!r} has no option {name!r}; its options: {known}{_hint(name, values)}")
+        values[name] = _checked(fmt, name, value)
+    return values
+
+
+def _checked(fmt: Format, name: str, value: Any) -> Any:
+    option = fmt.options[name]
+    default = option.default
+    if option.choices:
+        if not any(value is choice or (value == choice and type(value) is type(choice)) for choice in option.choices):
+            raise DataError(
+                f"option {name!r} of format {fmt.name!r} is {value!r}; it must be one of {', '.join(map(repr, option.choices))}"
+            )
+        return value
+    if isinstance(default, bool):
+        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        value = words.get(value.lower(), value) if isinstance(value, str) else value
+        if not isinstance(value, bool):
+            raise DataError(f"option {name!r} of format {fmt.name!r} is {value!r}; it must be true or false")
+    elif isinstance(default, int):
+        if isinstance(value, str) and value.lstrip("-").isdecimal():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise DataError(f"option {name!r} of format {fmt.name!r} is {value!r}; it must be a whole number")
+    elif isinstance(default, tuple):
+        if isinstance(value, str):
+            value = tuple(part.strip() for part in value.split(",") if part.strip())
+        value = tuple(value)
+    return value
+
+
+def canonical_task(task: str) -> str:
+    """A task's (or format's) registered name from any spelling in use.
+
+    Raises:
+        DataError: no such task; the message lists those that there are, the nearest first.
+    """
+    name = str(task).strip().lower().replace("-", "_")
+    name = TASK_ALIASES.get(name, name)
+    if name not in tasks() and name not in _FORMATS:
+        raise DataError(f"unknown task {task!r}; known tasks: {', '.join(tasks())}{_hint(name, tasks())}")
+    return name
+
+
+def choose_format(task: str | None, rows: Sequence[Any], document: Any, name: str) -> tuple[Format, str]:
+    """The format and task of a source's records.
+
+    With a task, one of its formats; where the records plainly are of another, that is an error rather than a
+    thousand missing fields. Without, the format that most of the first records match.
+
+    Raises:
+        DataError: unknown task, no format matches, or a format of another task does.
+    """
+    found = _recognise(rows, document)
+    if task is None:
+        if found is None:
+            fields = _fields(rows, document)
+            known = "; ".join(f"{fmt.name}: {fmt.summary}" for fmt in reversed(formats()))
+            raise DataError(
+                f"{name}: the records match no known format (their fields: {fields}). "
+                f"Name a task, or register a format. Known: {known}"
+            )
+        return found[0], found[0].task_of(found[1])
+    wanted = canonical_task(task)
+    candidates = [fmt for fmt in formats() if fmt.name == wanted] or [fmt for fmt in formats() if wanted in fmt.tasks]
+    if found is not None and found[0] in candidates:
+        return found[0], wanted if wanted in found[0].tasks else found[0].task_of(found[1])
+    first = _first_mapping(rows, document)
+    for fmt in candidates:  # the record may match several formats; a candidate that accepts it is good enough
+        if first is not None and fmt.matches(first):
+            return fmt, wanted if wanted in fmt.tasks else fmt.task_of(first)
+    if found is not None and found[0].name != "own":
+        raise DataError(
+            f"{name}: task {task!r} comes in the format {' or '.join(fmt.name for fmt in candidates)}, but the records "
+            f"are {found[0].name} (fields: {_fields(rows, document)}); give task={found[0].task_of(found[1])!r} or leave it out"
+        )
+    fmt = candidates[0]
+    return fmt, wanted if wanted in fmt.tasks else fmt.tasks[0]
+
+
+def _recognise(rows: Sequence[Any], document: Any) -> tuple[Format, Mapping[str, Any]] | None:
+    if isinstance(document, Mapping):
+        for fmt in formats():
+            if (inner := fmt.rows(document)) is not None:
+                return fmt, _first_mapping(inner, None) or {}
+        rows = [document]
+    votes: dict[str, tuple[int, Format, Mapping[str, Any]]] = {}
+    for row in rows[:50]:
+        if not isinstance(row, Mapping):
+            continue
+        for fmt in formats():
+            if fmt.matches(row):
+                count, _, first = votes.get(fmt.name, (0, fmt, row))
+                votes[fmt.name] = (count + 1, fmt, first)
+                break
+    if not votes:
+        return None
+    _, fmt, first = max(votes.values(), key=lambda vote: vote[0])
+    return fmt, first
+
+
+def _first_mapping(rows: Sequence[Any], document: Any) -> Mapping[str, Any] | None:
+    if isinstance(document, Mapping):
+        return document
+    return next((row for row in rows[:50] if isinstance(row, Mapping)), None)
+
+
+def _fields(rows: Sequence[Any], document: Any) -> str:
+    first = _first_mapping(rows, document)
+    return (
+        shown(list(first)) if first is not None else f"none, the first record is {shown(rows[0])}" if rows else "none"
+    )
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def record_requests(fmt: Format, record: Record, options: Mapping[str, Any]) -> list[EditRequest]:
+    """What a reader makes of one record, as a list.
+
+    Raises:
+        DataError: the record is malformed, or the reader returned something else than requests.
+    """
+    result = fmt.read(record, **options)
+    requests = [result] if isinstance(result, EditRequest) else list(result)
+    for item in requests:
+        if not isinstance(item, EditRequest):
+            raise DataError(
+                f"{record.place}: the reader of format {fmt.name!r} returned {kind_name(item)}, not EditRequest"
+            )
+    return requests
+
+
+def kind_name(value: object) -> str:
+    return f"a {type(value).__name__}"

@@ -1,0 +1,104 @@
+"""Which files are test data, so that nothing is tuned on them.
+
+Hyper-parameters chosen on the records that are reported afterwards make every number too good, and nothing in a result
+file shows it. Code that searches for settings calls :func:`refuse_test_files` first.
+
+A file is known by its name (the benchmarks' own names, whatever the folder); an unknown name is read word by word
+(``my_facts_test.json`` is test); a file that says nothing is nobody's test file and has no split.
+
+Calls that one could make otherwise:
+    * CounterFact as ROME publishes it has one part, on which all papers report: test. EasyEdit's ``counterfact-train.json``
+      and ``counterfact-val.json`` are for tuning.
+    * ``zsre_mend_edit.json`` is WISE's and EasyEdit's test part. ``zsre_mend_eval.json`` is the validation slice of MEND, and the
+      only ZsRE file at hand to tune on: validation. ROME and MEMIT *report* on it, so do not tune on it what you compare with
+      them; and it shares questions with the test files: take those out with :meth:`LoadedData.without`.
+    * ``known_1000.json`` is nobody's editing benchmark: train.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from ..errors import DataError
+
+Split = Literal["train", "validation", "test"]
+
+FILES: dict[str, Split] = {
+    # KnowEdit
+    "zsre-test-all.json": "test",
+    "test_cf.json": "test",
+    "train_cf.json": "train",
+    "recent_test.json": "test",
+    "recent_train.json": "train",
+    "wikibio-test-all.json": "test",
+    "wikibio-train-all.json": "train",
+    "blender_test.json": "test",
+    "blender_val.json": "validation",
+    "blender_train.json": "train",
+    "trivia_qa_test.json": "test",
+    "trivia_qa_train.json": "train",
+    # CounterFact
+    "counterfact.json": "test",
+    "multi_counterfact.json": "test",
+    "counterfact-edit.json": "test",
+    "counterfact-val.json": "validation",
+    "counterfact-train.json": "train",
+    # ZsRE in MEND's form
+    "zsre_mend_edit.json": "test",
+    "zsre_mend_eval.json": "validation",
+    "zsre_mend_train.json": "train",
+    "zsre_mend_train_10000.json": "train",
+    # WISE
+    "hallucination-edit.json": "test",
+    "hallucination-train.json": "train",
+    "temporal-edit.json": "test",
+    "temporal-train.json": "train",
+    # MQuAKE
+    "mquake-cf.json": "test",
+    "mquake-cf-3k.json": "test",
+    "mquake-cf-3k-v2.json": "test",
+    "mquake-t.json": "test",
+    "mquake-hard.json": "test",
+    "mquake-remastered.json": "test",
+    # ROME
+    "known_1000.json": "train",
+}
+
+_WORDS: dict[str, Split] = {
+    "test": "test",
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "dev": "validation",
+}
+
+
+def split_of(path: str | Path) -> Split | None:
+    """The split that a file belongs to; None where nothing says so. ``test`` wins where a name says several."""
+    name = Path(path).name.lower()
+    if name in FILES:
+        return FILES[name]
+    found: set[Split] = {_WORDS[word] for word in re.split(r"[^a-z]+", name.rsplit(".", 1)[0]) if word in _WORDS}
+    if "test" in found:
+        return "test"
+    return found.pop() if len(found) == 1 else None
+
+
+def refuse_test_files(*paths: str | Path | Iterable[str | Path], purpose: str = "choosing settings") -> None:
+    """Raise where any of the files is test data.
+
+    Raises:
+        DataError: names the file and its training or validation counterparts.
+    """
+    flat = [p for item in paths for p in ([item] if isinstance(item, (str, Path)) else item)]
+    for path in flat:
+        if split_of(path) == "test":
+            others = ", ".join(name for name, split in FILES.items() if split != "test")
+            raise DataError(
+                f"{path} is test data and must not be used for {purpose}; take a training or validation file ({others})"
+            )

@@ -1,0 +1,80 @@
+"""ZsRE in MEND's form (Mitchell et al. 2022, arXiv 2110.11309), as MEND, MEMIT, WISE and EasyEdit pass it on.
+
+    {"subject": "…", "src": "question", "rephrase": "question", "alt": "…", "answers": ["…"], "pred": "…",
+     "loc": "nq question: …", "loc_ans": "…", "cond": "…", "portability": {"Recalled Relation", "New Question", "New Answer"}}
+
+**Two targets.** MEND, EasyEdit and WISE edit to ``alt``, a counterfactual that a model proposed; MEMIT and its family edit to
+``answers[0]``, the true answer. Results of the two cannot be compared, so the option ``target`` says which was taken and
+the loaded data records it. With ``alt``, ``answers`` are the old truth (``target_true``); in some records ``alt`` *is* the
+truth. With ``answers``, several right answers are kept as aliases and there is no old truth (``pred`` is what a BART model said).
+
+**``loc`` is a Natural-Questions question** about something else, so it is an ``unrelated`` probe (group ``nq``), not a
+neighbour. Its prefix ``nq question:`` is no English that a model would be asked, and the question has lost its mark: with
+``loc="question"`` the prefix goes and a question mark comes; ``loc="verbatim"`` keeps the text as EasyEdit runs it.
+
+Traps: some ``alt`` begin with a space; MEND skips records with an empty ``alt`` in silence, here they are bad records;
+``zsre_mend_eval.json`` shares about 110 questions with each of the test files, see ``splits.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from ..requests import EditRequest, Probe
+from .counterfact import one_hop
+from .knowedit import without
+from .record import Record
+from .registry import register_format
+
+NQ_PREFIX = "nq question:"
+
+
+def plain_question(text: str) -> str:
+    """``nq question: who wrote it`` as ``who wrote it?``; other texts only lose outer white space."""
+    text = text.strip()
+    if not text.lower().startswith(NQ_PREFIX):
+        return text
+    text = text[len(NQ_PREFIX) :].strip()
+    return text if not text or text[-1] in "?.!" else text + "?"
+
+
+def _is_mend(row: Mapping[str, Any]) -> bool:
+    return "src" in row and ("alt" in row or "answers" in row)
+
+
+@register_format("zsre_mend", matches=_is_mend, tasks=("zsre",))
+def read_zsre_mend(
+    record: Record, *, target: Literal["alt", "answers"] = "alt", loc: Literal["question", "verbatim"] = "question"
+) -> EditRequest:
+    """ZsRE in MEND's form (src, alt, answers, rephrase, loc, loc_ans).
+
+    Args:
+        record: the record.
+        target: ``alt`` (MEND, EasyEdit, WISE) or ``answers`` (MEMIT).
+        loc: ``question`` strips the prefix "nq question:" and adds the question mark, ``verbatim`` keeps the text.
+    """
+    answers = record.answers("answers")
+    if target == "alt":
+        wanted: tuple[str, ...] = (record.text("alt"),)
+        true = without(answers, wanted[0])
+    else:
+        if not answers:
+            raise record.error("answers", "holds no answer; give one, or load with target='alt'")
+        wanted, true = answers, ()
+    probes: list[Probe] = []
+    for prompt in record.texts("rephrase"):
+        probes += record.probe(prompt, "rephrase", wanted, group="rephrase")
+    probes += one_hop(record)
+    if question := record.optional_text("loc"):
+        question = plain_question(question) if loc == "question" else question
+        if not question:
+            raise record.error("loc", f"holds no question after {NQ_PREFIX!r}")
+        probes += record.probe(question, "unrelated", record.answers("loc_ans"), group="nq")
+    return record.request(
+        prompt=record.text("src"),
+        target_new=wanted[0],
+        subject=record.optional_text("subject"),
+        target_true=true,
+        probes=tuple(probes),
+    )
