@@ -64,6 +64,8 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from . import embedded
+
     name = os.fspath(name)
     source = resolve_model(name)
     kwargs: dict[str, Any] = {"trust_remote_code": False}
@@ -80,6 +82,8 @@ def load_model(
     except Exception as error:  # from_pretrained raises OSError, ValueError, KeyError, SafetensorError, …
         raise ModelError(_load_hint(name, source, error)) from error
     give_pad_token(tokenizer, name)
+    if name in embedded.BUILTIN_MODELS:
+        model.config._name_or_path = name  # a saved adapter then names the built-in, not this machine's cache
     return model.to(_device(device)).eval(), tokenizer
 
 
@@ -94,7 +98,7 @@ def resolve_model(name: str) -> str:
     if name in embedded.BUILTIN_MODELS:
         return str(embedded.converted_folder(name))
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"folder {name!r} has no config.json; give a folder written by model.save_pretrained()")
         return str(path)

@@ -16,6 +16,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import pytest
 import torch
 import transformers
+
 from tiny import ARCHS, tiny_model, tiny_tokenizer
 
 PIN = "4.45.1"  # the version of transformers that pyreft 0.1.0 pins

@@ -1,0 +1,82 @@
+# make demo      set up, then edit three facts in a real language model
+# make test      set up, then lint, types, and all tests but those marked long
+# make test-pin  the quick tests on transformers 4.45.1, pyreft's own pin, in a second environment
+# make lint      ruff and pyright alone
+# make wheel     build the wheel and try it in a fresh environment without pyreft, outside the tree
+# make clean     remove environments, caches and build results
+#
+# Set-up is done once, and again where constraints or setup.cfg have changed. PYTHON=python3.12 takes another
+# interpreter (3.11 or later), PIP_ARGS="…" gives pip more arguments, e.g. an index with CPU builds of torch.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
+PIN := .venv-pin
+READY := $(VENV)/.ready
+PIN_READY := $(PIN)/.ready
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+# what pip compiles in 20 s is compiled anyway where it is imported
+PIP_FLAGS := -qq --no-input --no-compile $(PIP_ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-pin demo test test-pin lint format wheel clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
+
+setup: $(READY)
+setup-pin: $(PIN_READY)
+
+# $(call install,environment,list): torch with what its platform needs, the rest exactly as listed
+define install
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"Python {v[0]}.{v[1]} is too old for the pinned lists; PYTHON=python3.11")'
+	@echo "setting up $(1) from $(2); torch is the largest download" >&2
+	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	@$(1)/bin/python -m pip install $(PIP_FLAGS) -c $(2) "$$(grep '^torch==' $(2))"
+	@$(1)/bin/python -m pip install $(PIP_FLAGS) --no-deps -r $(2)
+	@$(1)/bin/python -m pip install $(PIP_FLAGS) --no-deps --no-build-isolation -e .
+	@$(1)/bin/python -c 'import torch, transformers, baft_intervention'
+	@touch $@
+endef
+
+$(READY): constraints/newest.txt setup.cfg pyproject.toml
+	$(call install,$(VENV),constraints/newest.txt)
+
+$(PIN_READY): constraints/pyreft-pin.txt setup.cfg pyproject.toml
+	$(call install,$(PIN),constraints/pyreft-pin.txt)
+
+demo: $(READY)
+	$(VENV)/bin/baft demo
+
+lint: $(READY)
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/pyright
+
+format: $(READY)
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+test: lint
+	$(VENV)/bin/python -m pytest -m "not long" $(PYTEST_ARGS)
+
+test-pin: $(PIN_READY)
+	$(PIN)/bin/python -m pytest -m "pin or (not slow and not long)" $(PYTEST_ARGS)
+
+# dependencies are resolved from the wheel's own metadata here, held to the pinned versions
+wheel: $(READY)
+	rm -rf build dist
+	$(VENV)/bin/python -m build --wheel --no-isolation
+	$(PYTHON) -m venv build/fresh
+	build/fresh/bin/python -m pip install $(PIP_FLAGS) -c constraints/newest.txt dist/*.whl
+	cd build/fresh && bin/python -P $(CURDIR)/tests/wheel_smoke.py && bin/baft --help > /dev/null
+	@ls -l dist
+
+clean:
+	rm -rf $(VENV) $(PIN) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
