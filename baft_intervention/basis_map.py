@@ -82,10 +82,22 @@ class BasisWeightedMap(nn.Module):
         """``R (r, d)``, orthonormal rows, fp32; differentiable where gradients are enabled, cached where not."""
         if torch.is_grad_enabled() and self.basis.requires_grad:
             return orthonormal_rows(self.basis)
-        value = self.basis.detach()
-        if self._rotation_cache is None or not torch.equal(self._rotation_cache[0], value):
-            self._rotation_cache = (value.clone(), orthonormal_rows(value))
+        with torch.inference_mode(False):  # a tensor of inference mode could not enter a later graph
+            value = self.basis.detach()
+            if self._rotation_cache is None or not torch.equal(self._rotation_cache[0], value):
+                self._rotation_cache = (value.clone(), orthonormal_rows(value))
         return self._rotation_cache[1]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> BasisWeightedMap:
+        """Follow a move to another device, and stay fp32 where the model around is cast to half precision."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            half = moved.dtype in (torch.float16, torch.bfloat16) and tensor.dtype == torch.float32
+            return tensor.to(moved.device) if half else moved
+
+        self._rotation_cache = self.last_weights = None
+        return super()._apply(move, recurse)
 
     def update(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """``(Phi(h) - h, w(h))`` in fp32 with their graph: ``(..., d)`` and ``(..., r)``."""
@@ -105,7 +117,7 @@ class BasisWeightedMap(nn.Module):
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
         packed = state_dict.get(prefix + "_extra_state")
         spec = json.loads(bytes(packed.cpu().tolist())) if packed is not None else None
-        if spec is not None and spec != self.weighting_spec:
+        if spec is not None and spec != json.loads(json.dumps(self.weighting_spec)):  # a tuple comes back as a list
             network = make_weighting(spec["name"], self.basis.shape[1], self.basis.shape[0], **spec["options"])
             self.weighting, self.weighting_spec = network.to(self.basis.device), spec
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

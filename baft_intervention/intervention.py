@@ -65,7 +65,9 @@ class BasisWeightedLoReFTIntervention(
         if unknown:
             raise ConfigError(f"unknown argument {sorted(unknown)[0]!r} of BasisWeightedLoReFTIntervention")
         if subspace_partition is not None:
-            raise ConfigError(f"subspace_partition is {subspace_partition!r}; BaFT weighs its bases itself, leave it out")
+            raise ConfigError(
+                f"subspace_partition is {subspace_partition!r}; BaFT weighs its bases itself, leave it out"
+            )
         super().__init__(embed_dim=int(embed_dim), keep_last_dim=keep_last_dim, use_fast=use_fast)
         self.map = BasisWeightedMap(
             int(embed_dim), low_rank_dimension, weighting=weighting, weighting_options=weighting_options, init=init
@@ -81,13 +83,16 @@ class BasisWeightedLoReFTIntervention(
         """``w(h) (B, P, r)`` of the last call, detached; None before the first."""
         return self.map.last_weights
 
-    def forward(self, base: Tensor, source: Any = None, subspaces: Any = None) -> Tensor:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, base: Tensor, source: Any = None, subspaces: Any = None
+    ) -> Tensor:
         if subspaces is not None and any(s is not None for s in subspaces):
             raise ConfigError("BasisWeightedLoReFTIntervention takes no subspaces; it weighs every basis by the input")
         return self.map(base)
 
     def __str__(self) -> str:
-        return f"BasisWeightedLoReFTIntervention(d={int(self.embed_dim)}, r={self.map.basis.shape[0]})"
+        rank, dim = self.map.basis.shape
+        return f"BasisWeightedLoReFTIntervention(d={dim}, r={rank})"
 
 
 # what pyvene hands to an intervention class beside embed_dim and our own arguments; none of it changes the map

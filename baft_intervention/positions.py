@@ -179,6 +179,10 @@ def subject_mask(ids: Tensor, variants: Sequence[Sequence[int]]) -> Tensor:
     return mask
 
 
-def pad_locations(locations: Sequence[int], width: int) -> list[int]:
-    """Repeat the last location up to ``width``: ragged locations do not collate, and a repeated one is harmless."""
-    return [*locations, *[locations[-1]] * (width - len(locations))]
+def pad_locations(locations: Sequence[int], width: int, filler: int) -> list[int]:
+    """``locations`` filled up to ``width`` with ``filler``, which must be a padding column.
+
+    pyvene takes one list of equal length a row. A repeated location would give the same value and a wrong gradient:
+    what is written to a position twice is differentiated twice.
+    """
+    return [*locations, *[filler] * (width - len(locations))]

@@ -103,6 +103,10 @@ class EditStack:
         return self.weighting.on_all(x), torch.arange(len(self), device=x.device)
 
     def _routed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if len(self) == 1:  # no choice to make, and the same arithmetic as a BasisWeightedMap, bit for bit
+            weights = self.weighting.on_all(x)[0]
+            update = baft_update(x, self.rotation[0], self.source[0], self.bias[0], weights)
+            return update, weights, torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
         best = self.weighting.match(x).argmax(0)  # (P,)
         weights = self.weighting.on_own(x, self.weighting.picked(best))  # (P, r)
         update = baft_update_each(x, self.rotation[best], self.source[best], self.bias[best], weights)

@@ -69,9 +69,11 @@ def _continuation(ids: Sequence[int], prefix: Sequence[int]) -> list[int]:
     return list(ids[len(prefix) :]) if list(ids[: len(prefix)]) == list(prefix) else []
 
 
-def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
-    """Ragged id rows as ``(input_ids, attention_mask)``, both ``(B, T)`` int64, padded on ``side``."""
-    width = max(len(row) for row in rows)
+def pad_rows(
+    rows: Sequence[Sequence[int]], pad_id: int, side: str = "right", width: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ragged id rows as ``(input_ids, attention_mask)``, both ``(B, T)`` int64, padded on ``side``; T at least ``width``."""
+    width = max(width or 0, *(len(row) for row in rows))
     ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.long)
     for i, row in enumerate(rows):
