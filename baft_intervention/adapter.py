@@ -25,7 +25,7 @@ from .models import find_blocks, hidden_size
 from .positions import subject_variants
 from .requests import EditRequest
 from .stack import EditStack, is_shared
-from .weighting import WeightingNetwork, make_weighting
+from .weighting import WeightingNetwork, make_weighting, weighting_class
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +103,11 @@ class BaftAdapter:
         subjects = [r.subject for e in edits for r in e.requests if r.subject] if self.config.rule.needs_subject else []
         variants = subject_variants(self.tokenizer, subjects)
         self.edits, self._subjects, self._stacks = tuple(edits), variants, {}
+
+    @property
+    def routed(self) -> bool:
+        """Whether the edits compete, one acting at each position, or add up."""
+        return weighting_class(self.config.weighting).routed
 
     def network(self, layer: int) -> WeightingNetwork:
         """The weighting network's structure with the layer's shared state."""

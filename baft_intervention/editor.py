@@ -26,8 +26,10 @@ from .storage import DESCRIPTION, library_versions, read_directory, write_direct
 from .tokenization import encode_prompt, pad_rows, pad_token_id
 from .training.bank import get_bank
 from .training.engine import Surroundings, encode_request, make_engine
+from .training.start import make_jobs
 
 logger = logging.getLogger(__name__)
+_CHUNK = 64  # edits that are prepared and handed to the engine together
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class BaftEditor:
         self.config = config or BaftConfig()
         self.model_name = model_name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         self.bank_texts = None if bank_texts is None else tuple(bank_texts)
+        self._cached_bank: Mapping[int, torch.Tensor] | None = None
         give_pad_token(tokenizer, self.model_name)
         self.adapter = BaftAdapter(model, tokenizer, self.config)
         self.adapter.attach()
@@ -218,17 +221,25 @@ class BaftEditor:
         before = self.edits
         done: list[Edit] = []
         engine = make_engine(self.model, self.tokenizer, self.config, self.adapter.layers)
+        # edits that compete are independent and train together; those that add up train on top of each other
+        chunk = _CHUNK if self.adapter.routed else 1
+        bar = tqdm(total=len(groups), desc="editing", unit="edit", disable=not progress, dynamic_ncols=True)
         try:
             self.adapter.set_edits([e for e in before if e.id not in replaced])
-            with self.adapter.enabled(False):
-                for group in tqdm(groups, desc="editing", unit="edit", disable=not progress, dynamic_ncols=True):
-                    trained = engine.train(group, self._surroundings())
-                    edit = Edit(
-                        group[0].id, group, trained.tensors, trained.used, trained.loss, trained.steps, trained.seconds,
-                        trained.reached,
+            with self.adapter.enabled(False), bar:
+                for first in range(0, len(groups), chunk):
+                    jobs = make_jobs(
+                        self.model, self.tokenizer, self.config, self.adapter.layers, groups[first : first + chunk],
+                        shared=self.adapter.shared, bank=self._bank(),
                     )  # fmt: skip
-                    self.adapter.set_edits([*self.edits, edit])
-                    done.append(edit)
+                    for job, trained in zip(jobs, engine.train_many(jobs, self._surroundings()), strict=True):
+                        edit = Edit(
+                            job.requests[0].id, job.requests, trained.tensors, trained.used, trained.loss, trained.steps,
+                            trained.seconds, trained.reached,
+                        )  # fmt: skip
+                        self.adapter.set_edits([*self.edits, edit])
+                        done.append(edit)
+                        bar.update()
         except KeyboardInterrupt:
             logger.warning("interrupted: %d of %d edits are finished and stay", len(done), len(groups))
             finished = {r.prompt for e in done for r in e.requests}
@@ -297,23 +308,24 @@ class BaftEditor:
                     n: t.clone() for n, t in network.state_dict().items() if is_shared(network, n)
                 }
 
-    def _bank(self) -> dict[int, torch.Tensor]:
-        if not (self.config.needs_bank or self.config.locality_coefficient):
-            return {}
-        with self.adapter.enabled(False):
-            return get_bank(
-                self.model, self.tokenizer, self.adapter.layers, size=self.config.bank_size, texts=self.bank_texts,
-                seed=self.config.seed,
-            )  # fmt: skip
+    def _bank(self) -> Mapping[int, torch.Tensor]:
+        """The bank, once an editor; empty where nothing asks for it."""
+        if self._cached_bank is None:
+            self._cached_bank = {}
+            if self.config.needs_bank or self.config.locality_coefficient:
+                with self.adapter.enabled(False):
+                    self._cached_bank = get_bank(
+                        self.model, self.tokenizer, self.adapter.layers, size=self.config.bank_size,
+                        texts=self.bank_texts, seed=self.config.seed,
+                    )  # fmt: skip
+        return self._cached_bank
 
     def _surroundings(self) -> Surroundings:
         earlier = {}
-        if self.edits and not self.adapter.network(self.adapter.layers[0]).routed:
-            earlier = {
-                layer: lambda x, layer=layer: self.adapter.stack(layer, x.device).update(x)
-                for layer in self.adapter.layers
-            }
-        return Surroundings(self._bank(), self.adapter.shared, self.adapter.used(), earlier)
+        if self.edits and not self.adapter.routed:
+            for layer in self.adapter.layers:
+                earlier[layer] = lambda x, layer=layer: self.adapter.stack(layer, x.device).update(x)
+        return Surroundings(self._bank(), self.adapter.used(), earlier)
 
     # ------------------------------------------------------------------------------------------ asking
 

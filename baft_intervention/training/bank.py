@@ -100,7 +100,7 @@ def representations(
             ids, mask = pad_rows([rows[i] for i in batch], pad_token_id(tokenizer))
             seen: dict[int, Tensor] = {}
 
-            handles = [hook_block(blocks[layer], _keep(seen, layer)) for layer in layers]
+            handles = [hook_block(blocks[layer], collector(seen, layer)) for layer in layers]
             try:
                 model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
             finally:
@@ -116,7 +116,9 @@ def representations(
     return {layer: torch.cat(parts) for layer, parts in found.items()}
 
 
-def _keep(seen: dict[int, Tensor], layer: int) -> Callable[[Tensor], None]:
+def collector(seen: dict[int, Tensor], layer: int) -> Callable[[Tensor], None]:
+    """A change for ``hook_block`` that changes nothing and keeps the layer's output in ``seen``."""
+
     def keep(hidden: Tensor) -> None:
         seen[layer] = hidden.detach()
 

@@ -19,7 +19,7 @@ from ..config import BaftConfig
 from ..errors import EditError
 from ..hooks import hook_block
 from ..losses import balance_loss, edit_loss, locality_loss, target_accuracy
-from ..models import find_blocks, hidden_size
+from ..models import find_blocks
 from ..positions import prompt_positions
 from ..requests import EditRequest
 from ..stack import is_shared
@@ -35,6 +35,21 @@ class Row:
     ids: list[int]
     labels: list[int]
     positions: list[int]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One edit to be trained: a request, or a joint group of them.
+
+    Args:
+        requests: what is asked; for messages.
+        rows: the requests encoded.
+        maps: ``layer -> map``, seeded, their weighting networks started; trained in place.
+    """
+
+    requests: tuple[EditRequest, ...]
+    rows: tuple[Row, ...]
+    maps: Mapping[int, BasisWeightedMap]
 
 
 @dataclass(frozen=True)
@@ -60,18 +75,16 @@ class TrainedEdit:
 
 @dataclass
 class Surroundings:
-    """What an edit meets: the bank and whitening of each layer, the use of bases so far, and earlier edits.
+    """What an edit meets: the bank, the use of bases so far, and earlier edits.
 
     Args:
         bank: ``layer -> (N, d)`` unrelated representations, or empty.
-        shared: ``layer -> {name: tensor}`` of the weighting's shared state (the whitening).
         used: ``layer -> (r,)`` use of the bases by earlier edits.
         earlier: ``layer -> function (P, d) -> (P, d)``, the summed update of earlier edits, where those act beside
             the new one (networks that are not routed).
     """
 
     bank: Mapping[int, Tensor] = field(default_factory=dict)
-    shared: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
     used: Mapping[int, Tensor] = field(default_factory=dict)
     earlier: Mapping[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
@@ -118,9 +131,9 @@ def edit_seed(seed: int, requests: Sequence[EditRequest]) -> int:
 
 
 def make_maps(
-    config: BaftConfig, dim: int, layers: Sequence[int], around: Surroundings, seed: int
+    config: BaftConfig, dim: int, layers: Sequence[int], shared: Mapping[int, Mapping[str, Tensor]], seed: int
 ) -> dict[int, BasisWeightedMap]:
-    """Fresh maps of one edit, seeded, with the shared state of their layer filled in."""
+    """Fresh maps of one edit, seeded, with the state that all edits of a layer share filled in."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         maps = {
@@ -134,8 +147,8 @@ def make_maps(
             for layer in layers
         }
     for layer, module in maps.items():
-        if shared := around.shared.get(layer):
-            module.weighting.load_state_dict({**module.weighting.state_dict(), **shared})
+        if state := shared.get(layer):
+            module.weighting.load_state_dict({**module.weighting.state_dict(), **state})
     return maps
 
 
@@ -153,6 +166,15 @@ def map_tensors(module: BasisWeightedMap) -> dict[str, Tensor]:
         return {name: tensor.detach().float().cpu().clone() for name, tensor in tensors.items()}
 
 
+def check_loss(loss: float, step: int, job: Job, config: BaftConfig) -> None:
+    """Raise :class:`EditError` where the loss is not finite."""
+    if not math.isfinite(loss):
+        raise EditError(
+            f"{job.requests[0].where}: the loss is {loss} at step {step}; nothing was changed. "
+            f"Lower learning_rate (now {config.learning_rate:g}), or load the model in float32 or bfloat16"
+        )
+
+
 class ReferenceEngine:
     """The plain way, and the measure of every other: the whole model, forward and backward, at each step.
 
@@ -166,16 +188,20 @@ class ReferenceEngine:
         self.model, self.tokenizer, self.config, self.layers = model, tokenizer, config, tuple(layers)
         self.blocks = find_blocks(model)
 
-    def train(self, requests: Sequence[EditRequest], around: Surroundings) -> TrainedEdit:
+    def train_many(self, jobs: Sequence[Job], around: Surroundings) -> Iterator[TrainedEdit]:
+        """Train independent jobs and yield their results in order."""
+        for job in jobs:
+            yield self.train(job, around)
+
+    def train(self, job: Job, around: Surroundings) -> TrainedEdit:
         """Train one edit (or one joint group of requests).
 
         Raises:
-            RequestError, PositionError: a request that cannot be encoded.
             EditError: a loss that is not finite.
         """
         begin = time.perf_counter()
         config, device = self.config, next(self.model.parameters()).device
-        rows = [encode_request(self.tokenizer, r, config) for r in requests]
+        rows = job.rows
         ids, mask = pad_rows([r.ids for r in rows], pad_token_id(self.tokenizer))
         labels, _ = pad_rows([r.labels for r in rows], IGNORE_INDEX)
         batch = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
@@ -184,12 +210,10 @@ class ReferenceEngine:
             torch.tensor([i for i, r in enumerate(rows) for _ in r.positions], device=device),
             torch.tensor([c for r in rows for c in r.positions], device=device),
         )
-        maps = make_maps(config, hidden_size(self.model), self.layers, around, edit_seed(config.seed, requests))
-        maps = {layer: module.to(device) for layer, module in maps.items()}
+        maps = {layer: module.to(device) for layer, module in job.maps.items()}
         bank = {layer: around.bank[layer].to(device) for layer in self.layers if layer in around.bank}
 
         with frozen(self.model):
-            self._start(maps, batch, where, around, bank)
             parameters = [p for m in maps.values() for p in m.parameters() if p.requires_grad]
             optimiser = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
             loss = math.inf
@@ -202,11 +226,7 @@ class ReferenceEngine:
                     edit = edit_loss(logits, labels).mean()
                     total = edit + self._regularisation(maps, weights, around, bank)
                 loss, reached = float(edit.detach()), bool(target_accuracy(logits.detach(), labels).all())
-                if not math.isfinite(loss):
-                    raise EditError(
-                        f"{requests[0].where}: the loss is {loss} at step {steps}; nothing was changed. "
-                        f"Lower learning_rate (now {config.learning_rate:g}), or load the model in float32 or bfloat16"
-                    )
+                check_loss(loss, steps, job, config)
                 if steps == config.steps or (reached and loss < config.loss_target):
                     break
                 optimiser.zero_grad(set_to_none=True)
@@ -218,24 +238,6 @@ class ReferenceEngine:
         used = {layer: weights[layer].detach().sum(0).cpu() for layer in self.layers}
         tensors = {layer: map_tensors(module) for layer, module in maps.items()}
         return TrainedEdit(tensors, used, loss, steps, time.perf_counter() - begin, reached)
-
-    def _start(
-        self, maps: Mapping[int, BasisWeightedMap], batch: dict, where: tuple, around: Surroundings, bank: Mapping
-    ) -> None:
-        """Let the weighting networks start from the edit's own representations, which one plain forward gives."""
-        seen: dict[int, Tensor] = {}
-        handles = [
-            hook_block(self.blocks[layer], lambda hidden, layer=layer: seen.__setitem__(layer, hidden[where].float()))
-            for layer in self.layers
-        ]
-        try:
-            with torch.no_grad():
-                self.model(**batch)
-        finally:
-            for handle in handles:
-                handle.remove()
-        for layer, module in maps.items():
-            module.weighting.start_from(seen[layer], bank.get(layer))
 
     @contextlib.contextmanager
     def _hooked(
