@@ -1,0 +1,79 @@
+"""BaFT, by this library's own editor."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...config import BaftConfig
+from ...editor import BaftEditor
+from ...errors import ConfigError
+from ...requests import EditRequest
+from ..edited import EditCost, EditedModel
+from .base import Method, as_edit_error, register_method
+
+
+@register_method("baft")
+@dataclass(frozen=True)
+class Baft(Method):
+    """BaFT with the library's defaults.
+
+    Args:
+        config: fields of :class:`~baft_intervention.config.BaftConfig` that differ from its defaults; ``seed`` is the method's.
+    """
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def baft_config(self) -> BaftConfig:
+        if "seed" in self.config:
+            raise ConfigError("give seed as the method's setting, not inside config")
+        return BaftConfig.from_dict({**self.config, "seed": self.seed})
+
+    def settings(self) -> dict[str, Any]:
+        return {"config": self.baft_config().to_dict(), "seed": self.seed}
+
+    def attach(self, model: Any, tokenizer: Any) -> EditedModel:
+        return _BaftModel(self.baft_config(), model, tokenizer)
+
+
+@register_method("baft-linear")
+@dataclass(frozen=True)
+class BaftLinear(Baft):
+    """BaFT with a linear gate and a locality term: the plainest reading of the paper."""
+
+    config: Mapping[str, Any] = field(default_factory=lambda: {"weighting": "linear", "locality_coefficient": 1.0})
+
+
+class _BaftModel(EditedModel):
+    def __init__(self, config: BaftConfig, model: Any, tokenizer: Any) -> None:
+        super().__init__(model, tokenizer)
+        self.editor = BaftEditor(model, tokenizer, config)
+        self.editor._prepare()  # the bank is a matter of the model, not of the first edit
+        self.first_changed_block = self.editor.adapter.layers[0] + 1
+
+    def apply(self, requests: Sequence[EditRequest]) -> EditCost:
+        plain = [dataclasses.replace(r, probes=()) for r in requests]  # training sees no probe
+        adapter = self.editor.adapter
+        try:
+            report = self.editor.edit(plain)
+        except BaseException as error:
+            raise as_edit_error(error, requests) from error
+        edits = report.edits
+        loss = sum(e.loss for e in edits) / len(edits)
+        stored = sum(t.numel() * t.element_size() for t in adapter.state().values())
+        trained = adapter.num_parameters() // max(len(adapter.edits), 1) * len(edits)
+        self.cost = EditCost(max(e.steps for e in edits), loss, trained, stored)
+        return self.cost
+
+    def prompts(self, lengths: Sequence[int]) -> contextlib.AbstractContextManager[Any]:
+        return self.editor.adapter.prompts(lengths)
+
+    def reset(self) -> None:
+        self.editor.adapter.set_edits(())
+
+    def restore(self) -> None:
+        self.editor.adapter.set_edits(())
+        self.editor.detach()

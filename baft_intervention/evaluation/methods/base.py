@@ -1,0 +1,188 @@
+"""What a method is, and the registry.
+
+A method is a frozen dataclass whose fields are its settings and whose :meth:`Method.attach` gives an
+:class:`~baft_intervention.evaluation.edited.EditedModel`. Adding one is one small class and one YAML::
+
+    @register_method("mine")
+    @dataclass(frozen=True)
+    class Mine(Method):
+        \"\"\"One line that the tables print.\"\"\"
+        learning_rate: float = 1e-3
+
+        def attach(self, model, tokenizer):
+            return MineOnModel(self, model, tokenizer)
+
+    # benchmarks/methods/mine.yaml
+    method: mine
+    settings:
+      learning_rate: 1.0e-3
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from ...errors import BaftError, ConfigError, EditError
+from ...models import find_blocks
+from ...requests import EditRequest
+from ..edited import EditedModel
+
+_METHODS: dict[str, type[Method]] = {}
+_M = TypeVar("_M", bound="type[Method]")
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base class; its fields are settings that every method has.
+
+    Args:
+        seed: of whatever is drawn at random.
+    """
+
+    name: ClassVar[str] = ""
+    seed: int = 0
+
+    def attach(self, model: Any, tokenizer: Any) -> EditedModel:
+        """The model ready for edits, still unedited.
+
+        Raises:
+            ConfigError: the settings do not fit the model.
+        """
+        raise NotImplementedError
+
+    def edit(self, model: Any, tokenizer: Any, requests: Sequence[EditRequest]) -> EditedModel:
+        """A model with the requests applied as one batch; call ``restore()`` on it afterwards.
+
+        Raises:
+            EditError: the edit failed; the model is as it was.
+        """
+        edited = self.attach(model, tokenizer)
+        try:
+            edited.apply(requests)
+        except BaseException:
+            edited.restore()
+            raise
+        return edited
+
+    def settings(self) -> dict[str, Any]:
+        """The fields as plain values, for results."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Method:
+        """Make the method from plain values.
+
+        Raises:
+            ConfigError: an unknown setting, or one of a wrong type.
+        """
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        for name in settings:
+            if name not in fields:
+                near = difflib.get_close_matches(str(name), list(fields), n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ConfigError(f"method {cls.name!r} has no setting {name!r}; its settings: {', '.join(fields)}{hint}")
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
+        for name, value in values.items():
+            default = fields[name].default
+            if default is dataclasses.MISSING or default is None or isinstance(value, type(default)):
+                continue
+            if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+                continue
+            if name == "layer" and isinstance(value, (int, float)) and not isinstance(value, bool):
+                continue
+            wanted = type(default).__name__
+            raise ConfigError(f"setting {name!r} of method {cls.name!r} is {value!r}; it must be a {wanted}, e.g. {default!r}")
+        return cls(**values)
+
+
+def register_method(name: str, *, replace: bool = False) -> Callable[[_M], _M]:
+    """Class decorator that puts a method into the registry.
+
+    Raises:
+        ConfigError: the name is taken.
+    """
+
+    def register(cls: _M) -> _M:
+        if name in _METHODS and not replace:
+            raise ConfigError(f"method {name!r} is registered already; choose another name or pass replace=True")
+        cls.name = name
+        _METHODS[name] = cls
+        return cls
+
+    return register
+
+
+def method_names() -> tuple[str, ...]:
+    """Every registered name, sorted."""
+    return tuple(sorted(_METHODS))
+
+
+def make_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
+    """A registered method with these settings; its defaults for the rest.
+
+    Raises:
+        ConfigError: unknown method or setting.
+    """
+    if name not in _METHODS:
+        near = difflib.get_close_matches(name, method_names(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"unknown method {name!r}; known methods: {', '.join(method_names())}{hint}")
+    return _METHODS[name].from_settings(settings or {})
+
+
+def load_method(source: str, folder: Path | None = None) -> tuple[str, Method]:
+    """``(label, method)`` from a YAML file, from a name that has one in ``folder``, or from a registered name.
+
+    The label is the file's stem: two files may hold one method with different settings.
+
+    Raises:
+        ConfigError: the file cannot be read, or what it says is unknown.
+    """
+    import yaml
+
+    path = Path(source)
+    if path.suffix not in (".yaml", ".yml"):
+        path = folder / f"{source}.yaml" if folder is not None else Path()
+        if not path.is_file():
+            return source, make_method(source)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"method file {source!r} cannot be read: {error}") from None
+    if not isinstance(data, Mapping) or not isinstance(data.get("method"), str):
+        raise ConfigError(f"{path}: a method file needs 'method: NAME' (one of {', '.join(method_names())})")
+    if unknown := sorted(set(map(str, data)) - {"method", "settings", "about"}):
+        raise ConfigError(f"{path}: unknown field {unknown[0]!r}; known fields: method, settings, about")
+    try:
+        return path.stem, make_method(data["method"], data.get("settings") or {})
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def resolve_layer(model: Any, layer: int | float) -> int:
+    """A 0-based block number: whole numbers as they are (negative ones from the end), fractions of the depth rounded.
+
+    Raises:
+        ConfigError: a block that the model has not.
+    """
+    depth = len(find_blocks(model))
+    if isinstance(layer, float) and not layer.is_integer():
+        index = min(depth - 1, round(layer * depth))
+    else:
+        index = int(layer) + depth if layer < 0 else int(layer)
+    if not 0 <= index < depth:
+        raise ConfigError(f"layer is {layer!r}; this model has blocks 0 to {depth - 1} (or give a fraction of the depth, 0.8)")
+    return index
+
+
+def as_edit_error(error: BaseException, requests: Sequence[EditRequest]) -> EditError:
+    """An edit's own trouble (not a bug's) as :class:`EditError` that says which request."""
+    where = requests[0].where if requests else ""
+    if isinstance(error, (BaftError, FloatingPointError)):
+        return EditError(f"{where}: {error}")
+    raise error

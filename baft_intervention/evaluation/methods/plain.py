@@ -1,0 +1,80 @@
+"""Methods that train nothing: the unedited model, and the fact in the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import ConfigError
+from ...models import find_blocks
+from ...requests import EditRequest
+from ...tokenization import encode_prompt, joint_text
+from ..edited import EditCost, EditedModel
+from .base import Method, register_method
+
+
+@register_method("base")
+@dataclass(frozen=True)
+class Base(Method):
+    """No edit: what the model says by itself."""
+
+    def attach(self, model: Any, tokenizer: Any) -> EditedModel:
+        edited = EditedModel(model, tokenizer)
+        edited.first_changed_block = len(find_blocks(model))
+        return edited
+
+
+@register_method("icl")
+@dataclass(frozen=True)
+class InContext(Method):
+    """The fact in the prompt: nothing is trained, every question is put behind the new facts.
+
+    EasyEdit's form without demonstrations (``New Fact: {prompt} {target}\\nPrompt: {question}``). Facts accumulate; the
+    latest are kept where they do not all fit.
+
+    Args:
+        template: of one fact, with ``{prompt}`` and ``{target}``.
+        lead: what stands before the question.
+        context_share: share of the model's context that facts may fill.
+    """
+
+    template: str = "New Fact: {fact}\n"
+    lead: str = "Prompt: "
+    context_share: float = 0.75
+
+    def attach(self, model: Any, tokenizer: Any) -> EditedModel:
+        if "{fact}" not in self.template:
+            raise ConfigError(f"template of method 'icl' is {self.template!r}; it must hold {{fact}}")
+        return _InContextModel(self, model, tokenizer)
+
+
+class _InContextModel(EditedModel):
+    def __init__(self, method: InContext, model: Any, tokenizer: Any) -> None:
+        super().__init__(model, tokenizer)
+        self.method = method
+        self.facts: dict[str, str] = {}
+        self.text = ""
+
+    def apply(self, requests: Sequence[EditRequest]) -> EditCost:
+        for request in requests:
+            self.facts.pop(request.prompt, None)  # the newest answer of a prompt holds, and stands last
+            self.facts[request.prompt] = joint_text(request.prompt, request.target_new)
+        config = self.model.config
+        context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048
+        room, kept = int(self.method.context_share * context), []
+        for fact in reversed(self.facts.values()):
+            line = self.method.template.replace("{fact}", fact)
+            room -= len(encode_prompt(self.tokenizer, line))
+            if kept and room < 0:
+                break
+            kept.append(line)
+        self.text = "".join(reversed(kept))
+        self.cost = EditCost(0, None, 0, len(self.text.encode()))
+        return self.cost
+
+    def rewrite(self, prompt: str) -> str:
+        return self.text + self.method.lead + prompt if self.text else prompt
+
+    def restore(self) -> None:
+        self.facts, self.text = {}, ""

@@ -1,0 +1,331 @@
+"""When edits are applied and when they are asked about: four protocols, each with one meaning.
+
+=========================  ==============================================================================================
+``single``                 one edit (or one MQuAKE case), asked, taken off; then the next
+``batched``                ``batch_size`` edits at once, all asked, all taken off; then the next batch
+``sequential_immediate``   one edit after another on the same model, each asked right after it is made
+``sequential_final``       the same, but nothing is asked before ``T`` edits are in, then all ``T``; for each checkpoint ``T``
+                           in one pass, and for all edits at the end
+=========================  ==============================================================================================
+
+(EasyEdit's ``sequential_edit`` has meant the fourth until June 2026, the third since.)
+
+Results go to ``records.jsonl`` group by group, times to ``timings.jsonl``. A run that was cut goes on where it stood:
+``single`` and ``batched`` with the next group; the sequential ones *apply the earlier edits again*, without asking, which
+needs no copy of the state of every kind of method, and gives the same model because edits are deterministic.
+
+An edit that fails is part of the result: its record has the reason under ``error`` and is scored on the model as the
+failure left it, that is, without the edit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from ..errors import BaftError, ConfigError, EditError
+from ..requests import EditRequest
+from .edited import EditedModel
+from .judge import judge
+from .methods import Method
+from .plan import Question, RecordPlan
+from .records import RecordFile, dump_line
+from .scoring import QueryScore, Scorer
+
+logger = logging.getLogger(__name__)
+
+Protocol = Literal["single", "batched", "sequential_immediate", "sequential_final"]
+PROTOCOLS: tuple[str, ...] = get_args(Protocol)
+DEFAULT_CHECKPOINTS = (1, 10, 100, 1000)
+_GROUP = 16  # records that are scored together where many are asked at once
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What is generated freely after each edit.
+
+    Args:
+        answers: whether answers are generated for the edit's prompt, rephrases and multi-hop questions.
+        margin: an answer runs for as many tokens as its longest alias, and so many more.
+        max_new_tokens: at most.
+        fluency_tokens: length of the sampled text whose fluency is measured; 0 measures none.
+        fluency_every: measure it on every n-th record only.
+    """
+
+    answers: bool = True
+    margin: int = 4
+    max_new_tokens: int = 64
+    fluency_tokens: int = 32
+    fluency_every: int = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run proceeds.
+
+    Args:
+        protocol: one of :data:`PROTOCOLS`.
+        batch_size: of ``batched``.
+        checkpoints: of ``sequential_final``; the number of all edits is added.
+        seed: of sampled texts (the method has its own).
+        generation: see :class:`Generation`.
+    """
+
+    protocol: Protocol = "single"
+    batch_size: int = 10
+    checkpoints: tuple[int, ...] = DEFAULT_CHECKPOINTS
+    seed: int = 0
+    generation: Generation = field(default_factory=Generation)
+
+    def __post_init__(self) -> None:
+        if self.protocol not in PROTOCOLS:
+            raise ConfigError(f"protocol is {self.protocol!r}; it must be one of {', '.join(PROTOCOLS)}")
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size is {self.batch_size}; it must be at least 1")
+        if any(t < 1 for t in self.checkpoints):
+            raise ConfigError(f"checkpoints are {list(self.checkpoints)}; each must be at least 1")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Edits that are applied one after another, and the records that are asked about then.
+
+    Args:
+        fresh: take all edits off before.
+        batches: indices of the requests of each call of ``apply``.
+        asked: indices of the requests that are scored after them.
+        checkpoint: number of edits that are in, for ``sequential_final``.
+    """
+
+    fresh: bool
+    batches: tuple[tuple[int, ...], ...]
+    asked: tuple[int, ...]
+    checkpoint: int | None = None
+
+
+def cases_of(requests: Sequence[EditRequest]) -> list[tuple[int, ...]]:
+    """Indices of requests that are applied together: neighbours with one non-empty ``case_id``."""
+    cases: list[list[int]] = []
+    for i, request in enumerate(requests):
+        if cases and request.case_id and requests[cases[-1][-1]].case_id == request.case_id:
+            cases[-1].append(i)
+        else:
+            cases.append([i])
+    return [tuple(c) for c in cases]
+
+
+def stages_of(requests: Sequence[EditRequest], plan: Plan) -> list[Stage]:
+    """The whole run, in order."""
+    cases = cases_of(requests)
+    if plan.protocol in ("single", "sequential_immediate"):
+        return [Stage(plan.protocol == "single", (case,), case) for case in cases]
+    if plan.protocol == "batched":
+        batches: list[list[int]] = [[]]
+        for case in cases:
+            if batches[-1] and len(batches[-1]) + len(case) > plan.batch_size:
+                batches.append([])
+            batches[-1].extend(case)
+        return [Stage(True, (tuple(b),), tuple(b)) for b in batches if b]
+    stages, waiting, done = [], [], 0
+    marks = sorted({t for t in plan.checkpoints if t < len(requests)})
+    for case in cases:
+        waiting.append(case)
+        done += len(case)
+        if done == len(requests) or (marks and done >= marks[0]):
+            stages.append(Stage(False, tuple(waiting), tuple(range(done)), done))
+            waiting, marks = [], [t for t in marks if t > done]
+    return stages
+
+
+def run_protocol(
+    scorer: Scorer,
+    method: Method,
+    requests: Sequence[EditRequest],
+    plan: Plan,
+    folder: str | Path,
+    *,
+    progress: bool = True,
+) -> None:
+    """Run, or go on with, a protocol; the results are in ``folder/records.jsonl`` afterwards.
+
+    Args:
+        scorer: of the base model, which must be unedited.
+        method: the editor.
+        requests: the records.
+        plan: protocol and its settings.
+        folder: where the files are; those of a cut run of the same settings are continued.
+        progress: show a bar with the time left.
+    """
+    stages = stages_of(requests, plan)
+    order = [[stage.checkpoint, i] for stage in stages for i in stage.asked]
+    folder = Path(folder)
+    with RecordFile(folder / "records.jsonl", order, lambda r: [r.get("checkpoint"), r.get("index")]) as file:
+        whole = _whole_groups(stages, len(file))
+        file.truncate(whole)
+        if whole == len(order):
+            return
+        _Run(scorer, method, requests, plan, folder).go(stages, file, progress)
+
+
+def _groups(stage: Stage) -> Iterator[tuple[int, ...]]:
+    """Records that are scored, and written, together; never parts of two stages."""
+    for start in range(0, len(stage.asked), _GROUP):
+        yield stage.asked[start : start + _GROUP]
+
+
+def _whole_groups(stages: Sequence[Stage], lines: int) -> int:
+    """Lines of the groups that are complete."""
+    total = 0
+    for stage in stages:
+        for group in _groups(stage):
+            if total + len(group) > lines:
+                return total
+            total += len(group)
+    return total
+
+
+class _Run:
+    def __init__(self, scorer: Scorer, method: Method, requests: Sequence[EditRequest], plan: Plan, folder: Path) -> None:
+        self.scorer, self.method, self.requests, self.plan, self.folder = scorer, method, requests, plan, folder
+        self.outcome: dict[int, dict[str, Any]] = {}
+
+    def go(self, stages: Sequence[Stage], file: RecordFile, progress: bool) -> None:
+        from tqdm.auto import tqdm
+
+        written, seen = len(file), 0
+        total = sum(len(s.asked) for s in stages)
+        begin = time.perf_counter()
+        sequential = not stages[0].fresh
+        todo = [s for s in stages if sequential or s.fresh]
+        if sequential:  # nothing can be computed on the unedited model later
+            self.scorer.prepare([r for i, r in enumerate(self.requests) if any(i in s.asked for s in stages)])
+        edited = self.method.attach(self.scorer.model, self.scorer.tokenizer)
+        setup = time.perf_counter() - begin
+        bar = tqdm(
+            total=total, initial=written, desc=f"{self.method.name} {self.plan.protocol}", unit="record",
+            disable=not progress, dynamic_ncols=True,
+        )  # fmt: skip
+        try:
+            self._time(setup_seconds=setup)
+            for stage in todo:
+                end = seen + len(stage.asked)
+                if stage.fresh and end <= written:
+                    seen = end
+                    continue
+                if stage.fresh:
+                    edited.reset()
+                    self.outcome.clear()
+                    begin = time.perf_counter()
+                    self.scorer.prepare([self.requests[i] for i in stage.asked])
+                    self._time(prior_seconds=time.perf_counter() - begin, records=len(stage.asked))
+                self._apply(edited, stage, again=end <= written)
+                for group in _groups(stage):
+                    seen += len(group)
+                    if seen <= written:
+                        continue
+                    file.append(self._ask(edited, stage, group))
+                    bar.update(len(group))
+        finally:
+            bar.close()
+            edited.restore()
+
+    def _apply(self, edited: EditedModel, stage: Stage, *, again: bool) -> None:
+        for batch in stage.batches:
+            begin = time.perf_counter()
+            try:
+                cost = edited.apply([self.requests[i] for i in batch])
+                outcome: dict[str, Any] = {"error": None, "steps": cost.steps, "final_loss": cost.final_loss}
+                outcome |= {"trained_parameters": cost.trained_parameters, "adapter_bytes": cost.adapter_bytes}
+            except BaftError as error:
+                logger.warning("%s", error)
+                outcome = {"error": f"{type(error).__name__}: {error}", "steps": 0, "final_loss": None}
+                outcome |= {"trained_parameters": 0, "adapter_bytes": edited.cost.adapter_bytes}
+            seconds = time.perf_counter() - begin
+            self._time(edit_seconds=seconds, edits=len(batch), again=again)
+            self.outcome |= {i: outcome for i in batch}
+
+    def _ask(self, edited: EditedModel, stage: Stage, group: Sequence[int]) -> list[dict[str, Any]]:
+        requests = [self.requests[i] for i in group]
+        plans = [self.scorer.plan(r) for r in requests]
+        begin = time.perf_counter()
+        try:
+            scores = self.scorer.score(edited, requests)
+            middle = time.perf_counter()
+            texts, samples = self._generate(edited, plans, scores, group)
+        except EditError as error:
+            logger.warning("%s", error)
+            return [self._line(stage, i, {}, [], {}, f"{type(error).__name__}: {error}") for i in group]
+        self._time(score_seconds=middle - begin, generate_seconds=time.perf_counter() - middle, records=len(group))
+        lines = []
+        for k, i in enumerate(group):
+            own = {p: texts[k, p] for p in [q.prompt for q in plans[k].questions] if (k, p) in texts}
+            metrics, probes = judge(plans[k], scores[k], own, samples.get(k))
+            lines.append(self._line(stage, i, metrics, probes, own, self.outcome[i]["error"]))
+        return lines
+
+    def _line(self, stage: Stage, i: int, metrics: Any, probes: Any, texts: Any, error: str | None) -> dict[str, Any]:
+        line = {"index": i, "id": self.requests[i].id, "checkpoint": stage.checkpoint, "metrics": metrics, "probes": probes}
+        return line | {"generated": texts} | self.outcome[i] | {"error": error}
+
+    def _generate(
+        self, edited: EditedModel, plans: Sequence[RecordPlan], scores: Sequence[Sequence[QueryScore]], group: Sequence[int]
+    ) -> tuple[dict[tuple[int, str], str], dict[int, str]]:
+        """Answers by (place in the group, prompt), and sampled texts by place; all in one batch."""
+        settings = self.plan.generation
+        jobs: list[tuple[int, str | None, str, int, list[int], torch.Generator | None]] = []
+        for k, (plan, found) in enumerate(zip(plans, scores, strict=True)):
+            asked: set[str] = set()
+            for question in plan.questions if settings.answers else ():
+                if question.prompt in asked or not _is_generated(question):
+                    continue
+                asked.add(question.prompt)
+                limit = min(settings.max_new_tokens, settings.margin + self._longest(question.answers))
+                jobs.append((k, question.prompt, question.prompt, limit, _known(found[question.wanted[0]]), None))
+            if settings.fluency_tokens and group[k] % settings.fluency_every == 0:
+                sampler = _sampler(self.plan.seed, plan.request.id)
+                jobs.append((k, None, plan.request.prompt, settings.fluency_tokens, [], sampler))
+        if not jobs:
+            return {}, {}
+        texts = edited.generate(
+            [j[2] for j in jobs], [j[3] for j in jobs], known=[j[4] for j in jobs], samplers=[j[5] for j in jobs],
+            reader=self.scorer.reader,
+        )  # fmt: skip
+        answers = {(j[0], j[1]): t for j, t in zip(jobs, texts, strict=True) if j[1] is not None}
+        samples = {j[0]: t for j, t in zip(jobs, texts, strict=True) if j[1] is None}
+        return answers, samples
+
+    def _longest(self, answers: Sequence[str]) -> int:
+        return max(len(self.scorer.tokenizer(" " + a, add_special_tokens=False)["input_ids"]) for a in answers)
+
+    def _time(self, **values: Any) -> None:
+        """Append to the side file; times differ from run to run and stay out of the records."""
+        with open(self.folder / "timings.jsonl", "ab") as file:
+            file.write(dump_line(values))
+
+
+def _is_generated(question: Question) -> bool:
+    if not question.answers or not question.wanted:
+        return False
+    return question.kind in ("edit", "rephrase") or question.group == "multi_hop"
+
+
+def _known(score: QueryScore) -> list[int]:
+    """The greedy continuation as far as teacher forcing has shown it: the answer up to and with the first other token."""
+    known = []
+    for predicted, target in zip(score.predicted, score.query.target_ids, strict=True):
+        known.append(predicted)
+        if predicted != target:
+            break
+    return known
+
+
+def _sampler(seed: int, name: str) -> torch.Generator:
+    key = hashlib.sha256(f"{seed}:{name}".encode("utf-8", "surrogatepass")).digest()
+    return torch.Generator().manual_seed(int.from_bytes(key[:8], "big") % 2**63)
