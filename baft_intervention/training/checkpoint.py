@@ -112,7 +112,7 @@ def _check(state: dict[str, Tensor], reft_model: Any, folder: Path) -> None:
         raise AdapterError(
             f"{folder}: tensor {foreign[0]!r} is {where}; load into a model of the same ReftConfig and weighting"
         )
-    for name, tensor in state.items():
+    for name, tensor in sorted(state.items()):
         if name.endswith(_EXTRA):
             if not torch.equal(tensor, own[name]):
                 theirs, here = (bytes(t.tolist()).decode("utf-8", "replace") for t in (tensor, own[name]))

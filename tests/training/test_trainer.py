@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import PIN
-from tiny import tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import TrainingArguments
+
+from conftest import PIN
+from tiny import tiny_model, tiny_tokenizer
 
 pyreft = pytest.importorskip("pyreft")
 
