@@ -147,12 +147,15 @@ def convert_llama_gguf(path: Path, folder: Path) -> None:
     """Write a Llama-type GGUF file as ``config.json``, tokenizer and float32 ``model.safetensors`` in ``folder``.
 
     Raises:
-        ModelError: the package ``gguf`` is missing, or the file is not a GGUF file of a Llama with byte-level BPE.
+        ModelError: the package ``gguf`` is missing or old, or the file is not a GGUF file of a Llama with byte-level BPE.
     """
     try:
         import gguf
-    except ImportError:
-        raise ModelError(f"reading {path.name} needs the package gguf; pip install gguf") from None
+
+        if not hasattr(gguf.ReaderField, "contents"):
+            raise ImportError("the installed version is too old")
+    except ImportError as error:
+        raise ModelError(f"reading {path.name} needs the package gguf ({error}); pip install 'gguf>=0.16'") from None
     try:
         reader = gguf.GGUFReader(str(path))
         fields = reader.fields

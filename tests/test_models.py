@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import multiprocessing
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -426,3 +427,11 @@ def test_two_processes_convert_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert [str(p) for p in (tmp_path / "cache").iterdir()] == [first], "nothing else is left in the cache"
     model, _ = models.load_model(first)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("state", ["missing", "old"])
+def test_a_missing_or_old_gguf_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, state: str) -> None:
+    fake = None if state == "missing" else SimpleNamespace(ReaderField=object)
+    monkeypatch.setitem(sys.modules, "gguf", fake)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=r"x\.gguf needs the package gguf .*pip install 'gguf>=0\.16'"):
+        embedded.convert_llama_gguf(tmp_path / "x.gguf", tmp_path)
