@@ -26,14 +26,14 @@ speak the language of"), which is a consequence rather than a paraphrase. Scores
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from ..requests import EditRequest, Probe
 from .record import Record
 from .registry import register_format
 
-PARTS = ("paraphrase", "neighborhood", "attribute", "generation", "portability")
-DEFAULT_PARTS = ("paraphrase", "neighborhood", "portability")
+Part = Literal["paraphrase", "neighborhood", "attribute", "generation", "portability"]
+DEFAULT_PARTS: tuple[Part, ...] = ("paraphrase", "neighborhood", "portability")
 
 
 def fill(record: Record, name: str, subject: str) -> str:
@@ -64,7 +64,7 @@ def _is_rome(row: Mapping[str, Any]) -> bool:
 
 
 @register_format("counterfact", matches=_is_rome)
-def read_counterfact(record: Record, *, include: tuple[str, ...] = DEFAULT_PARTS) -> EditRequest:
+def read_counterfact(record: Record, *, include: tuple[Part, ...] = DEFAULT_PARTS) -> EditRequest:
     """CounterFact in ROME's form (requested_rewrite, paraphrase_prompts, neighborhood_prompts, ...).
 
     Args:

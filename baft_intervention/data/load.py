@@ -17,7 +17,7 @@ from .hub import hub_split, is_dataset, is_hub_id, read_dataset, read_hub
 from .record import Record
 from .registry import Format, choose_format, record_requests, resolve_options
 from .splits import Split, split_of
-from .unrelated import GROUP, Texts, _choose, _table, attach_unrelated, normalised
+from .unrelated import GROUP, Texts, attach_unrelated, choose_questions, normalised, pool_table
 
 logger = logging.getLogger(__name__)
 
@@ -160,9 +160,9 @@ def load_requests(
             key: value if isinstance(value, (str, int, bool, type(None))) else str(value) for key, value in hub.items()
         }
     if unrelated is not None:
-        pool_table = _table(unrelated)
+        pool_table = pool_table(unrelated)
         exclude = {*unrelated_exclude, *(request.prompt for record in parsed.records for request in record)}
-        pool = _choose(pool_table, None, exclude, seed or 0, GROUP)[:unrelated_pool]
+        pool = choose_questions(pool_table, None, exclude, seed or 0, GROUP)[:unrelated_pool]
         requests = attach_unrelated(requests, pool, unrelated_per_record)
         in_force |= {
             "unrelated": pool_table.origin,

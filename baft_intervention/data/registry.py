@@ -49,7 +49,10 @@ TASK_ALIASES = {
 
 @dataclass(frozen=True)
 class Option:
-    """A setting of a reader: its default, and the values it may take (empty: any of the default's type)."""
+    """A setting of a reader: its default, and the values it may take (empty: any of the default's type).
+
+    Where the default is a tuple, ``choices`` are what its items may be.
+    """
 
     default: Any
     choices: tuple[Any, ...] = ()
@@ -165,6 +168,8 @@ def _options_of(read: Reader, name: str) -> dict[str, Option]:
                 f"format {name!r}: option {parameter.name!r} of the reader must be keyword-only and have a default"
             )
         hint = hints.get(parameter.name)
+        if typing.get_origin(hint) is tuple:  # tuple[Literal["a", "b"], ...]
+            hint = typing.get_args(hint)[0]
         choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
         options[parameter.name] = Option(parameter.default, choices)
     return options
@@ -188,6 +193,14 @@ def resolve_options(fmt: Format, given: Mapping[str, Any]) -> dict[str, Any]:
 def _checked(fmt: Format, name: str, value: Any) -> Any:
     option = fmt.options[name]
     default = option.default
+    if isinstance(default, tuple):
+        parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+        items = tuple(part.strip() if isinstance(part, str) else part for part in parts)
+        for item in items:
+            if option.choices and item not in option.choices:
+                known = ", ".join(map(str, option.choices))
+                raise DataError(f"option {name!r} of format {fmt.name!r} holds {item!r}; it may hold {known}")
+        return items
     if option.choices:
         if not any(value is choice or (value == choice and type(value) is type(choice)) for choice in option.choices):
             raise DataError(
@@ -204,10 +217,6 @@ def _checked(fmt: Format, name: str, value: Any) -> Any:
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int):
             raise DataError(f"option {name!r} of format {fmt.name!r} is {value!r}; it must be a whole number")
-    elif isinstance(default, tuple):
-        if isinstance(value, str):
-            value = tuple(part.strip() for part in value.split(",") if part.strip())
-        value = tuple(value)
     return value
 
 
@@ -244,7 +253,7 @@ def choose_format(task: str | None, rows: Sequence[Any], document: Any, name: st
             )
         return found[0], found[0].task_of(found[1])
     wanted = canonical_task(task)
-    candidates = [fmt for fmt in formats() if fmt.name == wanted] or [fmt for fmt in formats() if wanted in fmt.tasks]
+    candidates = [fmt for fmt in formats() if wanted in fmt.tasks] or [format_named(wanted)]
     if found is not None and found[0] in candidates:
         return found[0], wanted if wanted in found[0].tasks else found[0].task_of(found[1])
     first = _first_mapping(rows, document)

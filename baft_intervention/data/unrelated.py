@@ -55,10 +55,11 @@ def read_pool(source: Texts, *, group: str = GROUP) -> tuple[Probe, ...]:
     Raises:
         DataError: the file cannot be read, or a row holds no question.
     """
-    return _pool(_table(source), group)
+    return _pool(pool_table(source), group)
 
 
-def _table(source: Texts) -> Table:
+def pool_table(source: Texts) -> Table:
+    """A pool's rows and hash."""
     if isinstance(source, (str, Path)):
         path = Path(source)
         return read_file(path) if path.suffix.lower() in SUFFIXES or path.is_dir() else _read_lines(path)
@@ -126,10 +127,11 @@ def unrelated_probes(
     Raises:
         DataError: fewer than ``n`` questions are left.
     """
-    return _choose(_table(source), n, exclude, seed, group)
+    return choose_questions(pool_table(source), n, exclude, seed, group)
 
 
-def _choose(table: Table, n: int | None, exclude: Iterable[str], seed: int, group: str) -> tuple[Probe, ...]:
+def choose_questions(table: Table, n: int | None, exclude: Iterable[str], seed: int, group: str) -> tuple[Probe, ...]:
+    """:func:`unrelated_probes` on rows that were read already."""
     pool = _pool(table, group)
     used = {normalised(prompt) for prompt in exclude}
     left = _ranked((probe for probe in pool if normalised(probe.prompt) not in used), seed)
