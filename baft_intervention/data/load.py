@@ -160,13 +160,13 @@ def load_requests(
             key: value if isinstance(value, (str, int, bool, type(None))) else str(value) for key, value in hub.items()
         }
     if unrelated is not None:
-        pool_table = pool_table(unrelated)
+        questions = pool_table(unrelated)
         exclude = {*unrelated_exclude, *(request.prompt for record in parsed.records for request in record)}
-        pool = choose_questions(pool_table, None, exclude, seed or 0, GROUP)[:unrelated_pool]
+        pool = choose_questions(questions, None, exclude, seed or 0, GROUP)[:unrelated_pool]
         requests = attach_unrelated(requests, pool, unrelated_per_record)
         in_force |= {
-            "unrelated": pool_table.origin,
-            "unrelated_sha256": pool_table.sha256,
+            "unrelated": questions.origin,
+            "unrelated_sha256": questions.sha256,
             "unrelated_per_record": unrelated_per_record,
             "unrelated_pool": len(pool),
         }
