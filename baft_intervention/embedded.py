@@ -20,6 +20,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from .errors import ModelError
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1  # raise it where the conversion changes: the folder's name has it, so old folders are not read
+_STALE = 3600.0  # seconds after which an unfinished conversion is taken for dead; one takes about ten
 _CONTROL_TOKEN = 3  # GGUF's token type of special tokens
 
 # GGUF's name of each tensor of a Llama block, and transformers'.
@@ -121,6 +123,9 @@ def converted_folder(name: str) -> Path:
     logger.info("converting %s into %s (once, about 540 MB)", path.name, target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        for left in target.parent.glob(f".{target.name}.*"):  # of a conversion that was killed
+            if time.time() - left.stat().st_mtime > _STALE:
+                shutil.rmtree(left, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
         raise ModelError(
@@ -128,6 +133,9 @@ def converted_folder(name: str) -> Path:
         ) from error
     try:
         convert_llama_gguf(path, work)
+        work.chmod(0o755)  # mkdtemp and safetensors make both private; a cache may be shared
+        for file in work.iterdir():
+            file.chmod(0o644)
         try:
             work.rename(target)
         except OSError as error:

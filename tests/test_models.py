@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import multiprocessing
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -312,6 +313,19 @@ def test_the_faster_of_two_conversions_stays(monkeypatch: pytest.MonkeyPatch, tm
     target = embedded.converted_folder("smollm2-135m")
     assert (target / "who").read_text() == "fast"
     assert [p.name for p in target.parent.iterdir()] == [target.name]
+
+
+def test_a_killed_conversion_is_swept_away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = _fake_wheel(monkeypatch, tmp_path, b"GGUF")
+    monkeypatch.setattr(embedded, "convert_llama_gguf", lambda path, folder: (folder / "done").touch())
+    target = tmp_path / "cache" / f"smollm2-135m-{embedded._sha256(path)[:12]}-v{embedded._FORMAT}"
+    dead, busy = (target.with_name(f".{target.name}.{end}") for end in ("dead", "busy"))
+    for folder in (dead, busy):
+        folder.mkdir(parents=True)
+    os.utime(dead, (0, 0))
+    assert embedded.converted_folder("smollm2-135m") == target
+    assert sorted(p.name for p in target.parent.iterdir()) == sorted([target.name, busy.name])
+    assert (target / "done").stat().st_mode & 0o777 == 0o644
 
 
 def _write_gguf(path: Path) -> dict[str, torch.Tensor]:
