@@ -49,5 +49,6 @@ def random_orthonormal(rank: int, dim: int, generator: torch.Generator | None = 
 
 def orthonormality_error(basis: Tensor) -> float:
     """``max |R R^T - I|`` over all entries and stacked bases."""
-    gram = basis.double() @ basis.double().mT
+    basis = basis.detach().double()
+    gram = basis @ basis.mT
     return float((gram - torch.eye(basis.shape[-2], dtype=gram.dtype, device=gram.device)).abs().max())

@@ -13,6 +13,7 @@ from .weighting import WeightingNetwork
 
 MAP_TENSORS = ("rotation", "source_weight", "source_bias")
 _PREFIX = "weighting."
+_CANDIDATES = 32  # edits of one subject that a position is compared with; far more than there are
 
 
 class _Match(nn.Module):
@@ -20,8 +21,17 @@ class _Match(nn.Module):
         super().__init__()
         self.network = network
 
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.network.match(*inputs)
+
+
+class _Evidence(nn.Module):
+    def __init__(self, network: WeightingNetwork):
+        super().__init__()
+        self.network = network
+
     def forward(self, h: Tensor) -> Tensor:
-        return self.network.match(h)
+        return self.network.evidence(h)
 
 
 def is_shared(network: WeightingNetwork, name: str) -> bool:
@@ -38,33 +48,50 @@ class WeightingStack:
     """
 
     def __init__(self, network: WeightingNetwork, state: Mapping[str, Tensor]):
-        self.network, self._match = network, _Match(network)
+        self.network, self._match, self._evidence = network, _Match(network), _Evidence(network)
         shared = {n: t for n, t in network.state_dict().items() if is_shared(network, n)}
         self.state = {**state, **shared}
         self._dims = {n: None if n in shared else 0 for n in self.state}
 
     def on_all(self, x: Tensor) -> Tensor:
         """Every edit's weights for the same input: ``(P, d) -> (E, P, r)``."""
-        return self._vmap(self.network, self.state, self._dims, x, None)
+        return self._vmap(self.network, self.state, "", (x,), (None,))
 
-    def on_own(self, x: Tensor, state: Mapping[str, Tensor] | None = None) -> Tensor:
+    def on_own(self, x: Tensor, state: Mapping[str, Tensor] | None = None, evidence: Tensor | None = None) -> Tensor:
         """Edit e's weights for its own input: ``(E, n, d) -> (E, n, r)``, or ``(E, d) -> (E, r)``."""
-        return self._vmap(self.network, {**self.state, **(state or {})}, self._dims, x, 0)
+        inputs = (x,) if evidence is None else (x, evidence)
+        return self._vmap(self.network, {**self.state, **(state or {})}, "", inputs, (0,) * len(inputs))
+
+    def match_own(self, x: Tensor, evidence: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """``(E, d), (E,) -> (E,)``, see :meth:`WeightingNetwork.match`."""
+        inputs = (x, evidence)
+        return self._vmap(self._match, {**self.state, **state}, "network.", inputs, (0,) * len(inputs))
 
     def match(self, x: Tensor) -> Tensor:
         """``(P, d) -> (E, P)``, see :meth:`WeightingNetwork.match`."""
-        prefixed = {"network." + n: t for n, t in self.state.items()}
-        return self._vmap(self._match, prefixed, {"network." + n: d for n, d in self._dims.items()}, x, None)
+        return self._vmap(self._match, self.state, "network.", (x,), (None,))
+
+    def evidence(self, x: Tensor) -> Tensor:
+        """``(P, d) -> (E, P)``, see :meth:`WeightingNetwork.evidence`."""
+        return self._vmap(self._evidence, self.state, "network.", (x,), (None,))
 
     def picked(self, index: Tensor) -> dict[str, Tensor]:
         """State of the edits ``index (P,)``: ``name -> (P, ...)``."""
         return {n: t if self._dims[n] is None else t[index] for n, t in self.state.items()}
 
-    @staticmethod
-    def _vmap(module: nn.Module, state: Mapping[str, Tensor], dims: dict, x: Tensor, x_dim: int | None) -> Tensor:
-        if all(d is None for d in dims.values()) and x_dim is None:  # nothing to map over: a network without tensors
-            return functional_call(module, dict(state), (x,)).unsqueeze(0)
-        return vmap(lambda s, h: functional_call(module, s, (h,)), in_dims=(dims, x_dim))(dict(state), x)
+    def _vmap(
+        self,
+        module: nn.Module,
+        state: Mapping[str, Tensor],
+        prefix: str,
+        inputs: tuple[Tensor, ...],
+        input_dims: tuple[int | None, ...],
+    ) -> Tensor:
+        dims = {prefix + n: self._dims[n] for n in state}
+        state = {prefix + n: t for n, t in state.items()}
+        if all(d is None for d in (*dims.values(), *input_dims)):  # nothing to map over: a network without tensors
+            return functional_call(module, state, inputs).unsqueeze(0)
+        return vmap(lambda s, *x: functional_call(module, s, x), in_dims=(dims, *input_dims))(state, *inputs)
 
 
 class EditStack:
@@ -87,27 +114,49 @@ class EditStack:
     def __len__(self) -> int:
         return self.rotation.shape[0]
 
-    def update(self, x: Tensor) -> Tensor:
-        """``(P, d) -> (P, d)``, the sum of what the edits add; fp32."""
+    def evidence(self, x: Tensor) -> Tensor:
+        """Every edit's evidence at the read layer: ``(P, d) -> (E, P)``."""
+        return self.weighting.evidence(x.float())
+
+    def update(self, x: Tensor, evidence: Tensor | None = None) -> Tensor:
+        """What the edits add: ``(P, d) -> (P, d)``, fp32.
+
+        Args:
+            x: representations at the edited positions.
+            evidence: ``(E, P)`` for a network that reads the subject.
+        """
         x = x.float()
         if self.routed:
-            return self._routed(x)[0]
+            return self._routed(x, evidence)[0]
         weights = self.weighting.on_all(x)  # (E, P, r)
         return baft_update(x.expand(len(self), *x.shape), self.rotation, self.source, self.bias, weights).sum(0)
 
-    def weights(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``(w, edit)``: for a routed network the winner's weights ``(P, r)`` and its index ``(P,)``; else ``w (E, P, r)``."""
+    def weights(self, x: Tensor, evidence: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``(w, edit)``: of a routed network the winner's weights ``(P, r)`` and index ``(P,)``; else ``w (E, P, r)``."""
         x = x.float()
         if self.routed:
-            return self._routed(x)[1:]
+            return self._routed(x, evidence)[1:]
         return self.weighting.on_all(x), torch.arange(len(self), device=x.device)
 
-    def _routed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if len(self) == 1:  # no choice to make, and the same arithmetic as a BasisWeightedMap, bit for bit
+    def _routed(self, x: Tensor, evidence: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        if len(self) == 1 and evidence is None:  # nothing to choose: the arithmetic of a BasisWeightedMap, bit for bit
             weights = self.weighting.on_all(x)[0]
             update = baft_update(x, self.rotation[0], self.source[0], self.bias[0], weights)
             return update, weights, torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
-        best = self.weighting.match(x).argmax(0)  # (P,)
-        weights = self.weighting.on_own(x, self.weighting.picked(best))  # (P, r)
+        if evidence is None:
+            best = self.weighting.match(x).argmax(0)  # (P,)
+            weights = self.weighting.on_own(x, self.weighting.picked(best))  # (P, r)
+        else:
+            best, found = self._among_candidates(x, evidence)
+            weights = self.weighting.on_own(x, self.weighting.picked(best), found)
         update = baft_update_each(x, self.rotation[best], self.source[best], self.bias[best], weights)
         return update, weights, best
+
+    def _among_candidates(self, x: Tensor, evidence: Tensor) -> tuple[Tensor, Tensor]:
+        """The best-matching edit of each position, ``(P,)``, and its evidence, among those with the most evidence."""
+        k, positions = min(_CANDIDATES, len(self)), x.shape[0]
+        found, candidates = evidence.topk(k, dim=0)  # (k, P) each
+        flat = candidates.flatten()
+        match = self.weighting.match_own(x.repeat(k, 1), found.flatten(), self.weighting.picked(flat))
+        winner = match.view(k, positions).argmax(0, keepdim=True)  # (1, P)
+        return candidates.gather(0, winner)[0], found.gather(0, winner)[0]
