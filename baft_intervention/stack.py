@@ -89,8 +89,10 @@ class WeightingStack:
     ) -> Tensor:
         dims = {prefix + n: self._dims[n] for n in state}
         state = {prefix + n: t for n, t in state.items()}
-        if all(d is None for d in (*dims.values(), *input_dims)):  # nothing to map over: a network without tensors
-            return functional_call(module, state, inputs).unsqueeze(0)
+        count = next((t.shape[0] for n, t in state.items() if dims[n] is not None), 1)
+        if count == 1 and all(d is None for d in input_dims):  # nothing to map over: one edit, or no tensors at all
+            only = {n: t if dims[n] is None else t[0] for n, t in state.items()}
+            return functional_call(module, only, inputs).unsqueeze(0)
         return vmap(lambda s, *x: functional_call(module, s, x), in_dims=(dims, *input_dims))(state, *inputs)
 
 
@@ -126,6 +128,8 @@ class EditStack:
             evidence: ``(E, P)`` for a network that reads the subject.
         """
         x = x.float()
+        if len(self) == 1 and evidence is None:
+            return self._single(x)[0]
         if self.routed:
             return self._routed(x, evidence)[0]
         weights = self.weighting.on_all(x)  # (E, P, r)
@@ -138,11 +142,14 @@ class EditStack:
             return self._routed(x, evidence)[1:]
         return self.weighting.on_all(x), torch.arange(len(self), device=x.device)
 
+    def _single(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Update and weights of the only edit: the arithmetic of a BasisWeightedMap, bit for bit."""
+        weights = self.weighting.on_all(x)[0]
+        return baft_update(x, self.rotation[0], self.source[0], self.bias[0], weights), weights
+
     def _routed(self, x: Tensor, evidence: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        if len(self) == 1 and evidence is None:  # nothing to choose: the arithmetic of a BasisWeightedMap, bit for bit
-            weights = self.weighting.on_all(x)[0]
-            update = baft_update(x, self.rotation[0], self.source[0], self.bias[0], weights)
-            return update, weights, torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
+        if len(self) == 1 and evidence is None:  # nothing to choose
+            return *self._single(x), torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
         if evidence is None:
             best = self.weighting.match(x).argmax(0)  # (P,)
             weights = self.weighting.on_own(x, self.weighting.picked(best))  # (P, r)
