@@ -22,12 +22,13 @@ from .config import BaftConfig
 from .errors import AdapterError
 from .hooks import CallTracker, hook_block
 from .models import find_blocks, hidden_size
-from .positions import subject_variants
+from .positions import PositionRule, subject_variants
 from .requests import EditRequest
 from .stack import EditStack, is_shared
 from .weighting import WeightingNetwork, make_weighting, weighting_class
 
 logger = logging.getLogger(__name__)
+_PROMPT = PositionRule("prompt")
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,9 @@ class BaftAdapter:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.blocks = find_blocks(model)
         self.layers = config.resolved_layers(len(self.blocks))
+        network = make_weighting(config.weighting, 2, 1, **config.weighting_options)
+        # the block at which the network looks for the subject; None for a network that does not
+        self.read_layer = network.read_layer(self.layers, len(self.blocks)) if network.reads_subject else None
         self.embed_dim = hidden_size(model)
         if config.rank > self.embed_dim:
             raise AdapterError(
@@ -146,9 +150,11 @@ class BaftAdapter:
         if self._handles:
             return
         self._tracker.attach()
-        self._handles = [
-            hook_block(self.blocks[layer], lambda h, layer=layer: self._change(layer, h)) for layer in self.layers
-        ]
+        self._handles = []
+        if self.read_layer is not None:  # first, so that a block that is read and edited is read unedited
+            self._handles.append(hook_block(self.blocks[self.read_layer], self._read))
+        for layer in self.layers:
+            self._handles.append(hook_block(self.blocks[layer], lambda h, layer=layer: self._change(layer, h)))
 
     def detach(self) -> None:
         """Take this adapter's hooks off, and no other's; the model is as before."""
@@ -175,6 +181,22 @@ class BaftAdapter:
         """
         return self._tracker.prompts(lengths)
 
+    def _read(self, hidden: Tensor) -> None:
+        """Keep, for each edit and row, how surely the prompt names the edit's subject: its best token's evidence."""
+        if not self._enabled or not self.edits:
+            return
+        call = self._tracker.current()
+        found = call.positions(_PROMPT, [], hidden.shape[0], hidden.shape[1])
+        if found is None:
+            return
+        row, column = (index.to(hidden.device) for index in found)
+        x = hidden[row, column].float()  # (P, d)
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            for layer in self.layers:
+                each = self.stack(layer, hidden.device).evidence(x)  # (E, P)
+                best = torch.full((each.shape[0], hidden.shape[0]), -1.0, device=each.device)
+                call.evidence[layer] = best.scatter_reduce(1, row.expand_as(each), each, "amax", include_self=True)
+
     def _change(self, layer: int, hidden: Tensor) -> Tensor | None:
         if not self._enabled or not self.edits:
             return None
@@ -183,8 +205,11 @@ class BaftAdapter:
             return None
         row, column = (index.to(hidden.device) for index in found)
         x = hidden[row, column].float()  # (P, d)
+        evidence = self._tracker.current().evidence.get(layer)
+        if evidence is not None:
+            evidence = evidence.to(hidden.device)[:, row]  # (E, P)
         with torch.autocast(hidden.device.type, enabled=False):
-            changed = x + self.stack(layer, hidden.device).update(x)
+            changed = x + self.stack(layer, hidden.device).update(x, evidence)
         return hidden.index_put((row, column), changed.to(hidden.dtype))
 
     # ------------------------------------------------------------------------------------------ tensors on disk

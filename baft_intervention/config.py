@@ -27,7 +27,7 @@ class BaftConfig:
     """What to choose, for a practitioner.
 
     The defaults suit single facts on a decoder of any size. Start with ``BaftConfig()``; if a paraphrase is missed,
-    lower ``weighting_options={"floor": ...}``; if a neighbour moves, raise it. ``weighting="constant"`` gives LoReFT
+    lower ``weighting_options={"margin": -0.1}``; if a neighbour moves, raise it. ``weighting="constant"`` gives LoReFT
     for comparison, ``weighting="linear", locality_coefficient=1.0`` the plainest reading of the paper.
 
     Args:
@@ -58,7 +58,7 @@ class BaftConfig:
     rank: int = 12
     layers: tuple[int, ...] | None = None
     positions: str = "last"
-    weighting: str = "cosine"
+    weighting: str = "subject_relation"
     weighting_options: Mapping[str, Any] = field(default_factory=dict)
     allocation: Allocation = "per_edit"
     init: Init = "identity"
@@ -106,6 +106,12 @@ class BaftConfig:
                 "locality_coefficient > 0 needs" if self.locality_coefficient else f"weighting {self.weighting!r} needs"
             )
             raise ConfigError(f"bank_size is 0, but {reason} unrelated representations; give bank_size, e.g. 256")
+
+        if self.allocation == "joint" and weighting_class(self.weighting).routed:
+            raise ConfigError(
+                f"allocation is 'joint', but the edits of weighting {self.weighting!r} compete one by one; "
+                "use 'per_edit', or a weighting whose updates add up, e.g. 'linear'"
+            )
 
     @property
     def needs_bank(self) -> bool:

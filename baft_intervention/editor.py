@@ -24,9 +24,9 @@ from .requests import EditRequest
 from .stack import is_shared
 from .storage import DESCRIPTION, library_versions, read_directory, write_directory
 from .tokenization import encode_prompt, pad_rows, pad_token_id
-from .training.bank import get_bank
+from .training.bank import Bank, get_bank
 from .training.engine import Surroundings, encode_request, make_engine
-from .training.start import make_jobs
+from .training.start import make_jobs, shared_context
 
 logger = logging.getLogger(__name__)
 _CHUNK = 64  # edits that are prepared and handed to the engine together
@@ -90,7 +90,7 @@ class BaftEditor:
         self.config = config or BaftConfig()
         self.model_name = model_name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         self.bank_texts = None if bank_texts is None else tuple(bank_texts)
-        self._cached_bank: Mapping[int, torch.Tensor] | None = None
+        self._cached_bank: Bank | None = None
         give_pad_token(tokenizer, self.model_name)
         self.adapter = BaftAdapter(model, tokenizer, self.config)
         self.adapter.attach()
@@ -303,19 +303,22 @@ class BaftEditor:
         for layer in self.adapter.layers:
             network = self.adapter.network(layer)
             if network.shared and not self.adapter.shared[layer]:
-                network.fit_shared(self._bank()[layer])
-                self.adapter.shared[layer] = {
-                    n: t.clone() for n, t in network.state_dict().items() if is_shared(network, n)
-                }
+                bank = self._bank()
+                context = shared_context(network, bank, layer, self.adapter.read_layer)
+                network.fit_shared(bank.unrelated[layer], context)
+                state = network.state_dict()
+                self.adapter.shared[layer] = {n: t.clone() for n, t in state.items() if is_shared(network, n)}
 
-    def _bank(self) -> Mapping[int, torch.Tensor]:
+    def _bank(self) -> Bank:
         """The bank, once an editor; empty where nothing asks for it."""
         if self._cached_bank is None:
-            self._cached_bank = {}
+            self._cached_bank = Bank()
             if self.config.needs_bank or self.config.locality_coefficient:
+                layers, read_layer = self.adapter.layers, self.adapter.read_layer
                 with self.adapter.enabled(False):
                     self._cached_bank = get_bank(
-                        self.model, self.tokenizer, self.adapter.layers, size=self.config.bank_size,
+                        self.model, self.tokenizer, layers if read_layer is None else sorted({*layers, read_layer}),
+                        size=self.config.bank_size, relation_layers=() if read_layer is None else layers,
                         texts=self.bank_texts, seed=self.config.seed,
                     )  # fmt: skip
         return self._cached_bank
@@ -325,7 +328,7 @@ class BaftEditor:
         if self.edits and not self.adapter.routed:
             for layer in self.adapter.layers:
                 earlier[layer] = lambda x, layer=layer: self.adapter.stack(layer, x.device).update(x)
-        return Surroundings(self._bank(), self.adapter.used(), earlier)
+        return Surroundings(self._bank().unrelated, self.adapter.used(), earlier)
 
     # ------------------------------------------------------------------------------------------ asking
 

@@ -24,6 +24,7 @@ class _Call:
     def __init__(self, ids: Tensor | None, attention_mask: Tensor | None, past: int, lengths: Sequence[int] | None):
         self.ids, self.attention_mask, self.past, self.lengths = ids, attention_mask, past, lengths
         self._found: dict[PositionRule, tuple[Tensor, Tensor] | None] = {}
+        self.evidence: dict[int, Tensor] = {}  # edited layer -> (E, B), read at an earlier layer of this call
 
     def positions(
         self, rule: PositionRule, subjects: list[list[int]], rows: int, width: int

@@ -12,7 +12,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ from torch import Tensor, nn
 
 from ..embedded import cache_folder
 from ..errors import ConfigError
-from ..hooks import hook_block
-from ..models import find_blocks, model_fingerprint
+from ..models import model_fingerprint
 from ..tokenization import pad_rows, pad_token_id
+from .reading import read_blocks
+from .relations import COMMON_SUBJECTS, RELATIONS, ask
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1  # raise it where what is in a bank changes: cached ones are then made anew
+_FORMAT = 3  # raise it where what is in a bank changes: cached ones are then made anew
 OPENINGS = (
     "What is the", "Who was the", "Where is the", "When did the", "Which of the", "How many", "Why do", "How does a",
     "In what year was", "What is the name of", "Who wrote the", "Where was the", "What are the", "Is it true that",
@@ -63,15 +65,8 @@ def write_texts(model: Any, tokenizer: Any, count: int, *, seed: int = 0, max_ne
     return texts
 
 
-@torch.no_grad()
 def representations(
-    model: nn.Module,
-    tokenizer: Any,
-    texts: Sequence[str],
-    layers: Sequence[int],
-    *,
-    seed: int = 0,
-    batch_size: int = 32,
+    model: nn.Module, tokenizer: Any, texts: Sequence[str], layers: Sequence[int], *, seed: int = 0
 ) -> dict[int, Tensor]:
     """Block outputs of ``texts`` at their last and some inner tokens: ``layer -> (N, d)`` fp32 on the CPU.
 
@@ -80,49 +75,46 @@ def representations(
         layers: 0-based block numbers.
         seed: of the choice of inner tokens.
     """
-    if not texts:
+    rows = [row for text in texts if (row := list(tokenizer(text)["input_ids"])[:64])]
+    if not rows:
         raise ConfigError("a bank needs at least one text; leave the texts out to let the model write some")
-    blocks, device = find_blocks(model), next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    rows = [list(tokenizer(text)["input_ids"])[:64] for text in texts]
-    rows = [row for row in rows if row]
-    picks = []
+    columns = []
     for row in rows:
         inner = torch.randperm(max(len(row) - 2, 0), generator=generator)[: POSITIONS_PER_TEXT - 1] + 1
-        picks.append(sorted({len(row) - 1, *inner.tolist()}))
-    found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    was_training = model.training
-    model.eval()
-    try:
-        for begin in range(0, len(order), batch_size):
-            batch = order[begin : begin + batch_size]
-            ids, mask = pad_rows([rows[i] for i in batch], pad_token_id(tokenizer))
-            seen: dict[int, Tensor] = {}
+        columns.append(sorted({len(row) - 1, *inner.tolist()}))
+    return {layer: torch.cat(parts) for layer, parts in read_blocks(model, tokenizer, rows, columns, layers).items()}
 
-            handles = [hook_block(blocks[layer], collector(seen, layer)) for layer in layers]
-            try:
-                model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
-            finally:
-                for handle in handles:
-                    handle.remove()
-            row = torch.tensor([k for k, i in enumerate(batch) for _ in picks[i]])
-            column = torch.tensor([c for i in batch for c in picks[i]])
-            for layer in layers:
-                hidden = seen[layer]
-                found[layer].append(hidden[row.to(hidden.device), column.to(hidden.device)].float().cpu())
-    finally:
-        model.train(was_training)
+
+def relation_representations(model: nn.Module, tokenizer: Any, layers: Sequence[int]) -> dict[int, Tensor]:
+    """Last-token block outputs of every common relation asked of every common subject: ``layer -> (S, m, d)`` fp32."""
+    prompts = [ask(relation, subject) for subject in COMMON_SUBJECTS for relation in RELATIONS]
+    rows = [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    found = read_blocks(model, tokenizer, rows, [[len(row) - 1] for row in rows], layers)
+    shape = (len(COMMON_SUBJECTS), len(RELATIONS), -1)
+    return {layer: torch.cat(parts).view(shape) for layer, parts in found.items()}
+
+
+def start_representations(model: nn.Module, tokenizer: Any, layers: Sequence[int]) -> dict[int, Tensor]:
+    """Block outputs at the first token of texts that begin with a common word: ``layer -> (K, d)`` fp32."""
+    rows = [list(tokenizer(f"{relation.capitalize()} is")["input_ids"]) for relation in RELATIONS]
+    found = read_blocks(model, tokenizer, rows, [[0]] * len(rows), layers)
     return {layer: torch.cat(parts) for layer, parts in found.items()}
 
 
-def collector(seen: dict[int, Tensor], layer: int) -> Callable[[Tensor], None]:
-    """A change for ``hook_block`` that changes nothing and keeps the layer's output in ``seen``."""
+@dataclass(frozen=True)
+class Bank:
+    """What a model's gates learn from.
 
-    def keep(hidden: Tensor) -> None:
-        seen[layer] = hidden.detach()
+    Args:
+        unrelated: ``layer -> (N, d)`` representations of unrelated text, N about ``POSITIONS_PER_TEXT`` a text.
+        relations: ``layer -> (S, m, d)`` representations of common relations of common subjects, where asked for.
+        starts: ``layer -> (K, d)`` representations of common first words, at the same blocks as ``unrelated``.
+    """
 
-    return keep
+    unrelated: Mapping[int, Tensor] = field(default_factory=dict)
+    relations: Mapping[int, Tensor] = field(default_factory=dict)
+    starts: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 def get_bank(
@@ -131,45 +123,59 @@ def get_bank(
     layers: Sequence[int],
     *,
     size: int,
+    relation_layers: Sequence[int] = (),
     texts: Sequence[str] | None = None,
     seed: int = 0,
     cache: bool = True,
-) -> dict[int, Tensor]:
+) -> Bank:
     """The bank of a model, made once and kept in the cache folder under the model's fingerprint.
 
     Args:
+        layers: blocks whose outputs on unrelated text are wanted.
         size: how many texts the model writes where ``texts`` is None.
+        relation_layers: blocks whose outputs on common relations are wanted.
         texts: a user's own unrelated texts.
         cache: read and write the cache (``$BAFT_CACHE``, else the user's); a folder that cannot be written is no error.
-
-    Returns:
-        ``layer -> (N, d)`` fp32 on the CPU, N about ``POSITIONS_PER_TEXT * size``.
     """
-    layers = sorted(layers)
     what = {
         "format": _FORMAT,
         "model": model_fingerprint(model),
         "vocabulary": len(tokenizer),
-        "texts": None if texts is None else hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest(),
+        "texts": None if texts is None else _digest(list(texts)),
         "size": size if texts is None else len(texts),
         "seed": seed,
-        "layers": layers,
+        "layers": sorted(layers),
+        "relations": [sorted(relation_layers), _digest([RELATIONS, COMMON_SUBJECTS])],
     }
-    name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
-    path = cache_folder() / "banks" / f"{name}.safetensors"
+    path = cache_folder() / "banks" / f"{_digest(what)[:24]}.safetensors"
     if cache and path.is_file():
         try:
             saved = load_file(path)
-            return {layer: saved[f"layer.{layer}"] for layer in layers}
+            return Bank(
+                {layer: saved[f"unrelated.{layer}"] for layer in layers},
+                {layer: saved[f"relations.{layer}"] for layer in relation_layers},
+                {layer: saved[f"starts.{layer}"] for layer in layers},
+            )
         except (OSError, SafetensorError, KeyError) as error:
             logger.warning("cached bank %s cannot be read (%s); it is made anew", path, error)
     if texts is None:
         logger.info("the model writes %d unrelated texts for its bank (once a model)", size)
         texts = write_texts(model, tokenizer, size, seed=seed)
-    bank = representations(model, tokenizer, texts, layers, seed=seed)
+    bank = Bank(
+        representations(model, tokenizer, texts, layers, seed=seed),
+        relation_representations(model, tokenizer, relation_layers) if relation_layers else {},
+        start_representations(model, tokenizer, layers),
+    )
     if cache:
-        _store(path, {f"layer.{layer}": tensor.contiguous() for layer, tensor in bank.items()})
+        tensors = {f"unrelated.{layer}": tensor for layer, tensor in bank.unrelated.items()}
+        tensors.update({f"relations.{layer}": tensor for layer, tensor in bank.relations.items()})
+        tensors.update({f"starts.{layer}": tensor for layer, tensor in bank.starts.items()})
+        _store(path, {name: tensor.contiguous() for name, tensor in tensors.items()})
     return bank
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _store(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -9,13 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from ..config import BaftConfig
-from ..hooks import hook_block
+from ..errors import PositionError
 from ..models import find_blocks, hidden_size
+from ..positions import PositionRule, prompt_positions
 from ..requests import EditRequest
-from ..tokenization import pad_rows, pad_token_id
-from ..weighting import WeightingNetwork
-from .bank import collector
-from .engine import Job, Row, edit_seed, encode_request, frozen, make_maps
+from ..tokenization import encode_prompt
+from ..weighting import EditContext, SharedContext, WeightingNetwork
+from .bank import Bank
+from .engine import Job, edit_seed, encode_request, make_maps
+from .reading import read_blocks
+from .relations import CENTRE_RELATIONS, ask
+
+
+def shared_context(network: WeightingNetwork, bank: Bank, layer: int, read_layer: int | None) -> SharedContext | None:
+    """What ``network.fit_shared`` gets beside the bank of its layer."""
+    if not network.reads_subject or read_layer is None:
+        return None
+    return SharedContext(bank.unrelated[read_layer], bank.starts[read_layer], bank.relations[layer])
 
 
 def make_jobs(
@@ -26,7 +36,7 @@ def make_jobs(
     groups: Sequence[Sequence[EditRequest]],
     *,
     shared: Mapping[int, Mapping[str, Tensor]],
-    bank: Mapping[int, Tensor],
+    bank: Bank,
 ) -> list[Job]:
     """A job for each group of requests, ready to be trained.
 
@@ -38,38 +48,72 @@ def make_jobs(
         rows = tuple(encode_request(tokenizer, request, config) for request in group)
         maps = make_maps(config, hidden_size(model), layers, shared, edit_seed(config.seed, group))
         jobs.append(Job(tuple(group), rows, maps))
-    if jobs and type(next(iter(jobs[0].maps.values())).weighting).start_from is not WeightingNetwork.start_from:
-        own = own_representations(model, tokenizer, layers, [row for job in jobs for row in job.rows])
-        begin = 0
-        for job in jobs:
-            end = begin + len(job.rows)
-            for layer, module in job.maps.items():
-                module.weighting.start_from(torch.cat(own[layer][begin:end]), bank.get(layer))
-            begin = end
+    if not jobs:
+        return jobs
+    network = jobs[0].maps[layers[0]].weighting
+    if type(network).start_from is WeightingNetwork.start_from:
+        return jobs
+    contexts: list[dict[int, EditContext] | None] = [None] * len(jobs)
+    if network.reads_subject:
+        read_layer = network.read_layer(layers, len(find_blocks(model)))
+        contexts = edit_contexts(model, tokenizer, jobs, layers, read_layer, bank)
+    own_rows = [row for job in jobs for row in job.rows]
+    own = read_blocks(model, tokenizer, [row.ids for row in own_rows], [row.positions for row in own_rows], layers)
+    begin = 0
+    for job, context in zip(jobs, contexts, strict=True):
+        end = begin + len(job.rows)
+        for layer, module in job.maps.items():
+            h_edit = torch.cat(own[layer][begin:end])
+            module.weighting.start_from(h_edit, bank.unrelated.get(layer), context[layer] if context else None)
+        begin = end
     return jobs
 
 
-@torch.no_grad()
-def own_representations(
-    model: nn.Module, tokenizer: Any, layers: Sequence[int], rows: Sequence[Row], *, batch_size: int = 32
-) -> dict[int, list[Tensor]]:
-    """Block outputs of the rows at their edited columns, unedited: ``layer -> [(n_i, d)]`` fp32 on the CPU."""
-    blocks, device = find_blocks(model), next(model.parameters()).device
-    found: dict[int, list[Tensor]] = {layer: [torch.empty(0)] * len(rows) for layer in layers}
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-    with frozen(model):
-        for begin in range(0, len(order), batch_size):
-            batch = order[begin : begin + batch_size]
-            # nothing behind the last edited column can reach it
-            ids, mask = pad_rows([rows[i].ids[: max(rows[i].positions) + 1] for i in batch], pad_token_id(tokenizer))
-            seen: dict[int, Tensor] = {}
-            handles = [hook_block(blocks[layer], collector(seen, layer)) for layer in layers]
+def edit_contexts(
+    model: nn.Module, tokenizer: Any, jobs: Sequence[Job], layers: Sequence[int], read_layer: int, bank: Bank
+) -> list[dict[int, EditContext] | None]:
+    """For each job ``layer -> EditContext``, or None where a request names no subject that stands once in its prompt."""
+    rows: list[list[int]] = []
+    columns: list[list[int]] = []
+    asked: list[list[int]] = []
+    for job in jobs:
+        asked.append([])
+        for request, row in zip(job.requests, job.rows, strict=True):
+            prompt_ids = row.ids[: row.prompt_length]
             try:
-                model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
-            finally:
-                for handle in handles:
-                    handle.remove()
-            for k, i in enumerate(batch):
-                for layer in layers:
-                    found[layer][i] = seen[layer][k, rows[i].positions].float().cpu()
-    return found
+                position = prompt_positions(_SUBJECT, tokenizer, request.prompt, prompt_ids, request.subject)
+            except PositionError:
+                asked[-1] = []
+                break
+            asked[-1].append(len(rows))
+            rows.append(prompt_ids)
+            columns.append(position)
+            opening = f"{request.subject} is"
+            ids = encode_prompt(tokenizer, opening)
+            rows.append(ids)
+            columns.append(prompt_positions(_SUBJECT, tokenizer, opening, ids, request.subject))
+            for relation in CENTRE_RELATIONS:
+                ids = encode_prompt(tokenizer, ask(relation, request.subject or ""))
+                rows.append(ids)
+                columns.append([len(ids) - 1])
+    if not rows:
+        return [None] * len(jobs)
+    wanted = sorted({read_layer, *layers})
+    found = read_blocks(model, tokenizer, rows, columns, wanted)
+    contexts: list[dict[int, EditContext] | None] = []
+    for first in asked:
+        if not first:
+            contexts.append(None)
+            continue
+        subject = torch.cat([found[read_layer][i] for i in first])  # (n, d)
+        # only a subject that is a single first token looks different there; a longer one ends on its usual token
+        start = torch.cat([found[read_layer][i + 1] * float(columns[i + 1] == [0]) for i in first])  # (n, d)
+        per_layer = {}
+        for layer in layers:
+            about = torch.stack([torch.cat(found[layer][i + 2 : i + 2 + len(CENTRE_RELATIONS)]) for i in first])
+            per_layer[layer] = EditContext(subject, start, about, bank.unrelated[read_layer])
+        contexts.append(per_layer)
+    return contexts
+
+
+_SUBJECT = PositionRule("subject")

@@ -1,0 +1,52 @@
+"""Weighting networks: how much each basis acts on an input.
+
+A weighting network computes ``w(h) in (0, 1)^r`` from a representation ``h (..., d)``. The paper gives the idea (one
+weight for each basis, computed from the input); the forms below are our reading, except where said.
+
+=============  ==========================================  ======================================================
+name           w(h)                                        for
+=============  ==========================================  ======================================================
+``constant``   ``value``                                   BaFT becomes ReFT; ``value=1`` is exactly LoReFT
+``linear``     ``sigmoid(W norm(h) + c)``                  the plainest reading of the paper
+``mlp``        ``sigmoid(W2 gelu(W1 norm(h) + c1) + c2)``  a curved border between edited and other input
+``cosine``     ``sigmoid(a (cos(S(h - mu), e) - theta))``  edits that must leave all else alone (the default)
+=============  ==========================================  ======================================================
+
+A network of your own is one class and one line::
+
+    @register_weighting("mine")
+    class Mine(WeightingNetwork):
+        def forward(self, h): ...
+
+Parameters and buffers of a network are stacked over edits by :func:`torch.func.functional_call` under ``vmap``, so a
+network is written for one edit and works for thousands. What all edits share (the whitening) lives in ``shared``
+submodules, which are stored once.
+"""
+
+from .base import (
+    EditContext,
+    SharedContext,
+    WeightingNetwork,
+    make_weighting,
+    register_weighting,
+    weighting_class,
+    weighting_names,
+)
+from .cosine import CosineWeighting
+from .plain import ConstantWeighting, LinearWeighting, MLPWeighting
+from .subject_relation import SubjectRelationWeighting
+
+__all__ = [
+    "ConstantWeighting",
+    "CosineWeighting",
+    "EditContext",
+    "LinearWeighting",
+    "MLPWeighting",
+    "SharedContext",
+    "SubjectRelationWeighting",
+    "WeightingNetwork",
+    "make_weighting",
+    "register_weighting",
+    "weighting_class",
+    "weighting_names",
+]

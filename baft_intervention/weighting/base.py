@@ -1,0 +1,141 @@
+"""What a weighting network is, and the registry of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+
+_REGISTRY: dict[str, type[WeightingNetwork]] = {}
+_Network = TypeVar("_Network", bound="type[WeightingNetwork]")
+
+
+@dataclass(frozen=True)
+class SharedContext:
+    """What a network may fit once a model and layer, beside the bank (see ``training/start.py``).
+
+    Args:
+        subject_bank: ``(N, d)`` unrelated representations at the read layer.
+        starts: ``(K, d)`` representations at the read layer of common words that begin a text.
+        relations: ``(S, m, d)`` last-token representations of m common relations of S common subjects.
+    """
+
+    subject_bank: Tensor
+    starts: Tensor
+    relations: Tensor
+
+
+@dataclass(frozen=True)
+class EditContext:
+    """What a network may start from beside the edit's own representations.
+
+    Args:
+        subject: ``(n, d)`` representations of the subject's last token at the read layer, one a request.
+        start: ``(n, d)`` the same where the subject begins a text as a single token; rows of 0 for longer subjects.
+        same_subject: ``(n, k, d)`` last-token representations of a few prompts about the same subject.
+        subject_bank: ``(N, d)`` unrelated representations at the read layer.
+    """
+
+    subject: Tensor
+    start: Tensor
+    same_subject: Tensor
+    subject_bank: Tensor
+
+
+class WeightingNetwork(nn.Module):
+    """Base class: ``forward(h (..., d)) -> w (..., r)``, fp32 in and out.
+
+    Class attributes:
+        routed: whether :meth:`match` tells how well an input fits the edit. The edits of an adapter with a routed
+            network compete, and only the best match acts; otherwise the updates of all edits are summed.
+        needs_bank: whether :meth:`start_from` needs unrelated representations.
+        reads_subject: whether :meth:`evidence` of an earlier layer, the read layer, enters :meth:`match`.
+        shared: names of submodules that all edits of a layer have in common.
+    """
+
+    routed: ClassVar[bool] = False
+    needs_bank: ClassVar[bool] = False
+    reads_subject: ClassVar[bool] = False
+    shared: ClassVar[tuple[str, ...]] = ()
+    read_depth: float = 0.0
+
+    def __init__(self, embed_dim: int, rank: int):
+        super().__init__()
+        self.embed_dim, self.rank = embed_dim, rank
+
+    def forward(self, h: Tensor, evidence: Tensor | None = None) -> Tensor:
+        """``w(h)``; ``evidence (...)`` comes only to a network that ``reads_subject``, None where it was not read."""
+        raise NotImplementedError
+
+    def match(self, h: Tensor, evidence: Tensor | None = None) -> Tensor:
+        """``(...,)``: above 0 where the input is taken to be the edit's; comparable between edits."""
+        raise NotImplementedError(f"{type(self).__name__} is not routed: it has no match")
+
+    def evidence(self, h: Tensor) -> Tensor:
+        """``h (..., d)`` at the read layer -> ``(...,)``; its largest value over a prompt enters :meth:`match`."""
+        raise NotImplementedError(f"{type(self).__name__} reads no subject")
+
+    def read_layer(self, layers: Sequence[int], num_layers: int) -> int:
+        """The block whose output :meth:`evidence` reads: ``read_depth`` of the depth, at most the lowest edited one."""
+        return min(round(self.read_depth * num_layers), *layers)
+
+    def fit_shared(self, bank: Tensor, context: SharedContext | None = None) -> None:
+        """Fit what all edits of a layer share to the bank ``(N, d)``; once a model and layer. Nothing by default."""
+
+    @torch.no_grad()
+    def start_from(self, h_edit: Tensor, bank: Tensor | None, context: EditContext | None = None) -> None:
+        """Start from data: ``h_edit (n, d)``, the edit's own representations, and ``bank (N, d)``, unrelated ones.
+
+        Called once before training, at the positions that will be edited. ``context`` comes to a network that
+        ``reads_subject``, where the requests name subjects. Nothing by default.
+        """
+
+
+def register_weighting(name: str) -> Callable[[_Network], _Network]:
+    """Class decorator: make a network known as ``name`` to configs, adapters and the command line.
+
+    Raises:
+        ConfigError: the name is taken by another class.
+    """
+
+    def register(cls: _Network) -> _Network:
+        taken = _REGISTRY.get(name)
+        if taken is not None and taken.__qualname__ != cls.__qualname__:
+            raise ConfigError(f"the weighting name {name!r} is taken by {taken.__qualname__}; choose another name")
+        _REGISTRY[name] = cls
+        return cls
+
+    return register
+
+
+def weighting_names() -> tuple[str, ...]:
+    return tuple(sorted(_REGISTRY))
+
+
+def weighting_class(name: str) -> type[WeightingNetwork]:
+    """The registered class.
+
+    Raises:
+        ConfigError: no network of this name; the message lists those that there are.
+    """
+    if name not in _REGISTRY:
+        raise ConfigError(f"weighting is {name!r}; known networks: {', '.join(weighting_names())}")
+    return _REGISTRY[name]
+
+
+def make_weighting(name: str, embed_dim: int, rank: int, **options: Any) -> WeightingNetwork:
+    """Build a network.
+
+    Raises:
+        ConfigError: an unknown name, or an option that the network does not take.
+    """
+    cls = weighting_class(name)
+    try:
+        return cls(embed_dim, rank, **options)
+    except TypeError as error:
+        raise ConfigError(f"weighting_options {options!r} do not fit the weighting {name!r}: {error}") from None

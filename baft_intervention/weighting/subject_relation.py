@@ -1,0 +1,181 @@
+"""A weight that asks two questions: is it this subject, and is it this relation?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import ConfigError
+from ..whitening import Whitening
+from .base import EditContext, SharedContext, WeightingNetwork, register_weighting
+from .cosine import gate
+
+_START_LIMIT = 0.85  # a word's forms ("Japan", "Japanese") reach 0.7 to 0.8 of each other at the start of a text
+
+
+class Directions(nn.Module):
+    """Vectors ``(m, d)`` that all edits share; none until fitted."""
+
+    directions: Tensor
+
+    def __init__(self, embed_dim: int):
+        super().__init__()
+        self.register_buffer("directions", torch.zeros(0, embed_dim))
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
+        saved = state_dict.get(prefix + "directions")
+        if saved is not None and saved.shape != self.directions.shape:
+            self.directions = torch.empty_like(saved, device=self.directions.device)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+@register_weighting("subject_relation")
+class SubjectRelationWeighting(WeightingNetwork):
+    """``w(h) = sigmoid(a min(subject, relation))``: open where the prompt is about the edit's subject *and* relation (ours).
+
+    The two questions are answered at different places of a language model (the measurements are in ``docs/tradeoff.md``).
+
+    *Subject*: at the output of an early block, a token's whitened representation tells which entity it ends, anywhere in
+    a prompt and whatever stands around it:
+
+        subject = max_t cos(S_early(h_t - mu), s) - theta_s,      s the subject's last token in the edit's own prompt.
+
+    (The first token of a text looks like any other first token; a subject that is one token has a second key for that
+    place, compared after the mean of common first words is taken away.)
+
+    *Relation*: at the edited block, the last token's representation, the subject's share taken away, points the way of
+    what is asked. ``c`` is the mean over a few prompts about the same subject, ``V`` a dictionary of common relations
+    (rows with the same centring, averaged over common subjects, computed once a model):
+
+        x = norm(u - c),  u = norm(S(h - mu)),      relation = x.e - max(theta_r, max_j x.V_j + margin),   e = x of the edit,
+
+    the nearest-neighbour question: is this prompt closer to the edit's than to any other relation? Rows of ``V`` that
+    are closer than ``same_relation`` to ``e`` name the edit's own relation and are left out. A request without a subject
+    has ``c = 0`` and no competitors, and ``theta_r`` is calibrated on the bank, as in the ``cosine`` network.
+
+    Nothing of it is trained: 4 d + 3 stored numbers an edit.
+
+    Args:
+        sharpness: ``a``.
+        subject_threshold: smallest ``theta_s``; raised where the bank calls for it.
+        relation_threshold: smallest ``theta_r``.
+        margin: added to the competitors' similarity; above 0 stricter, below 0 more general.
+        same_relation: similarity from which a row of ``V`` is the edit's own relation.
+        false_positive_rate: share of the bank that may pass each of the two questions.
+        read_depth: depth of the early block, as a fraction of all blocks.
+    """
+
+    routed = True
+    needs_bank = True
+    reads_subject = True
+    shared = ("whitening", "subject_whitening", "relations", "starts")
+    key: Tensor
+    centre: Tensor
+    threshold: Tensor
+    subject_key: Tensor
+    start_key: Tensor
+    subject_limit: Tensor
+    has_subject: Tensor
+
+    def __init__(
+        self,
+        embed_dim: int,
+        rank: int,
+        *,
+        sharpness: float = 60.0,
+        subject_threshold: float = 0.6,
+        relation_threshold: float = 0.1,
+        margin: float = 0.0,
+        same_relation: float = 0.7,
+        false_positive_rate: float = 0.005,
+        read_depth: float = 4 / 30,
+    ):
+        super().__init__(embed_dim, rank)
+        if not sharpness > 0:
+            raise ConfigError(f"sharpness is {sharpness}; it must be positive")
+        if not 0.0 < false_positive_rate < 1.0:
+            raise ConfigError(f"false_positive_rate is {false_positive_rate}; it must lie strictly between 0 and 1")
+        cosines = {"subject_threshold": subject_threshold, "relation_threshold": relation_threshold, "margin": margin}
+        for name, value in {**cosines, "same_relation": same_relation}.items():
+            if not -1.0 <= value <= 1.0:
+                raise ConfigError(f"{name} is {value}; a cosine must be in [-1, 1]")
+        if not 0.0 <= read_depth < 1.0:
+            raise ConfigError(f"read_depth is {read_depth}; it must be in [0, 1)")
+        self.sharpness, self.margin, self.same_relation = float(sharpness), float(margin), same_relation
+        self.subject_threshold, self.relation_threshold = subject_threshold, relation_threshold
+        self.false_positive_rate, self.read_depth = false_positive_rate, read_depth
+        self.whitening, self.subject_whitening = Whitening(embed_dim), Whitening(embed_dim)
+        self.relations = Directions(embed_dim)
+        self.starts = Directions(embed_dim)
+        self.register_buffer("key", torch.zeros(embed_dim))  # e; 0 = closed until started
+        self.register_buffer("centre", torch.zeros(embed_dim))  # c
+        self.register_buffer("threshold", torch.tensor(float(relation_threshold)))  # theta_r
+        self.register_buffer("subject_key", torch.zeros(embed_dim))  # s
+        self.register_buffer("start_key", torch.zeros(embed_dim))  # s at the start of a text; 0 for longer subjects
+        self.register_buffer("subject_limit", torch.tensor(float(subject_threshold)))  # theta_s
+        self.register_buffer("has_subject", torch.tensor(0.0))  # 1 where the edit names a subject
+
+    def _direction(self, h: Tensor) -> Tensor:
+        return F.normalize(F.normalize(self.whitening(h), dim=-1) - self.centre, dim=-1)
+
+    def _first_word(self, unit: Tensor) -> Tensor:
+        return F.normalize(unit - self.starts.directions.mean(0), dim=-1)
+
+    def evidence(self, h: Tensor) -> Tensor:
+        unit = F.normalize(self.subject_whitening(h), dim=-1)
+        found = unit @ self.subject_key - self.subject_limit
+        if len(self.starts.directions):
+            found = torch.maximum(found, self._first_word(unit) @ self.start_key - _START_LIMIT)
+        return torch.where(self.has_subject > 0, found, torch.ones_like(found))
+
+    def match(self, h: Tensor, evidence: Tensor | None = None) -> Tensor:
+        x = self._direction(h)  # (..., d)
+        limit = self.threshold.expand(x.shape[:-1])
+        if len(self.relations.directions):
+            # a row as close to the edit's own direction as same_relation names the edit's own relation
+            rival = (self.relations.directions @ self.key < self.same_relation) & (self.has_subject > 0)  # (m,)
+            nearest = torch.where(rival, x @ self.relations.directions.mT + self.margin, -2.0).amax(-1)
+            limit = torch.maximum(limit, nearest)
+        relation = x @ self.key - limit
+        return relation if evidence is None else torch.minimum(relation, evidence)
+
+    def forward(self, h: Tensor, evidence: Tensor | None = None) -> Tensor:
+        return gate(self.sharpness, self.match(h, evidence), self.rank)
+
+    @torch.no_grad()
+    def fit_shared(self, bank: Tensor, context: SharedContext | None = None) -> None:
+        self.whitening.fit(bank)
+        if context is None:
+            raise ConfigError("the subject_relation weighting needs the read layer's bank and a relation dictionary")
+        self.subject_whitening.fit(context.subject_bank)
+        self.starts.directions = F.normalize(self.subject_whitening(context.starts), dim=-1).mean(0, keepdim=True)
+        unit = F.normalize(self.whitening(context.relations), dim=-1)  # (S, m, d)
+        centred = F.normalize(unit - unit.mean(1, keepdim=True), dim=-1)
+        self.relations.directions = F.normalize(centred.mean(0), dim=-1)  # (m, d)
+
+    @torch.no_grad()
+    def start_from(self, h_edit: Tensor, bank: Tensor | None, context: EditContext | None = None) -> None:
+        if bank is None:
+            raise ConfigError("the subject_relation weighting needs a bank of unrelated text; give bank_size > 0")
+        if context is None:
+            self.key.copy_(F.normalize(self._direction(h_edit).mean(0), dim=0))
+            similar = self._direction(bank) @ self.key
+            self.threshold.copy_(self._limit(similar, max(self.relation_threshold, 0.2)))
+            return
+        self.centre.copy_(F.normalize(self.whitening(context.same_subject), dim=-1).mean((0, 1)))
+        self.key.copy_(F.normalize(self._direction(h_edit).mean(0), dim=0))
+        subject = F.normalize(self.subject_whitening(context.subject), dim=-1).mean(0)
+        self.subject_key.copy_(F.normalize(subject, dim=0))
+        similar = F.normalize(self.subject_whitening(context.subject_bank), dim=-1) @ self.subject_key
+        self.subject_limit.copy_(self._limit(similar, self.subject_threshold))
+        if context.start.abs().sum(-1).min() > 0:
+            start = self._first_word(F.normalize(self.subject_whitening(context.start), dim=-1)).mean(0)
+            self.start_key.copy_(F.normalize(start, dim=0))
+        self.has_subject.fill_(1.0)
+
+    def _limit(self, similar: Tensor, least: float) -> Tensor:
+        """The similarity that only ``false_positive_rate`` of the bank exceeds, at least ``least``."""
+        return torch.quantile(similar.float(), 1.0 - self.false_positive_rate).clamp(min=least, max=0.95)
