@@ -36,6 +36,11 @@ class Row:
     labels: list[int]
     positions: list[int]
 
+    @property
+    def prompt_length(self) -> int:
+        """How many of the ids are the prompt's: those before the first label."""
+        return next(i for i, label in enumerate(self.labels) if label != IGNORE_INDEX)
+
 
 @dataclass(frozen=True)
 class Job:
