@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -31,6 +31,7 @@ def draws(*shape: int, r: int, d: int, seed: int, scale: float = 1.0) -> tuple[T
     return h, basis, source, bias, weights
 
 
+@settings(deadline=None)
 @given(
     shape=st.lists(st.integers(1, 4), min_size=1, max_size=3),
     d=st.integers(1, 12),
@@ -80,6 +81,7 @@ def test_output_has_the_dtype_of_h(dtype: torch.dtype) -> None:
     assert baft_update(h.to(dtype), *rest).dtype == torch.float32
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 2**31), scale=st.sampled_from([0.01, 1.0, 100.0]))
 def test_bound_holds(seed: int, scale: float) -> None:
     h, basis, source, bias, weights = draws(7, r=3, d=10, seed=seed, scale=scale)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,6 +31,7 @@ class Distance(WeightingNetwork):
 
 
 @pytest.mark.parametrize("name", ["constant", "linear", "mlp", "cosine", "test-distance"])
+@settings(deadline=None)
 @given(shape=st.lists(st.integers(1, 4), max_size=3), scale=st.sampled_from([1e-3, 1.0, 1e4]))
 def test_weights_are_shares_one_for_each_basis(name: str, shape: list[int], scale: float) -> None:
     torch.manual_seed(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baft_intervention.errors import ConfigError
@@ -18,6 +18,7 @@ def draw(n: int, d: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(n, d, generator=generator) * scales + 5 * torch.randn(d, generator=generator)
 
 
+@settings(deadline=None)
 @given(
     n=st.integers(3, 40),
     d=st.integers(2, 12),

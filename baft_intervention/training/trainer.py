@@ -57,8 +57,8 @@ class BaftTrainer(ReftTrainer):
         args: of the Trainer. ``remove_unused_columns`` does not matter. A ``report_to`` that is all that is installed,
             which is what transformers 4 makes of no ``report_to``, counts as not asked for.
         tokenizer, processing_class: two names of one thing; either does in every version.
-        bank: ``layer -> (N, d)`` unrelated representations, e.g. of :func:`baft_intervention.training.bank.get_bank`.
-            Weighting networks that start from data (``cosine``) do so with it, before the first step.
+        bank: ``layer -> (N, d)`` unrelated representations, e.g. ``get_bank(...).unrelated`` of
+            :mod:`baft_intervention.training.bank`. Weighting networks that start from data (``cosine``) do so with it, before the first step.
         used: ``layer -> (r,)`` use of the bases by earlier edits, for the load balancing.
         locality_coefficient, balance_coefficient: weights of :mod:`baft_intervention.losses`, training only. Under
             accumulation both are averaged over the micro-batches by their tokens.
@@ -66,7 +66,7 @@ class BaftTrainer(ReftTrainer):
         **kwargs: the Trainer's own: ``train_dataset``, ``eval_dataset``, ``data_collator``, ``callbacks``, …
 
     Raises:
-        ConfigError: a negative coefficient, or a bank that is needed and not there.
+        ConfigError: a negative coefficient, a bank that is needed and not there, or a weighting that reads two layers.
     """
 
     def __init__(
@@ -102,6 +102,11 @@ class BaftTrainer(ReftTrainer):
         }
         self._bank, self._used = self._by_key(bank), self._by_key(used)
         for key, module in self._maps.items():
+            if module.weighting.reads_subject:
+                raise ConfigError(
+                    f"the weighting {type(module.weighting).__name__} reads an earlier layer too, and a pyreft "
+                    "intervention sees one; use BaftEditor, or the weighting 'cosine' or 'linear'"
+                )
             reason = "locality_coefficient > 0" if locality_coefficient else ""
             if module.weighting.needs_bank:
                 reason = f"the weighting {type(module.weighting).__name__}"

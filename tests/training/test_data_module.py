@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -96,6 +96,7 @@ def ragged(draw: st.DrawFn) -> list[dict[str, Any]]:
     return rows
 
 
+@settings(deadline=None)
 @given(ragged(), st.sampled_from(["right", "left"]))
 def test_every_location_is_its_own_token_or_padding(rows: list[dict[str, Any]], side: str) -> None:
     batch = EditCollator(pad_id=0, side=side)(rows)  # 0 is a token here too: the mask must come from lengths

@@ -397,6 +397,12 @@ def test_settings_that_do_not_fit_are_named(tmp_path: Path, options: dict[str, A
         BaftTrainer(model, arguments(tmp_path), **options, **module_for(model))
 
 
+def test_a_weighting_that_reads_two_layers_is_sent_to_the_editor(tmp_path: Path) -> None:
+    model = reft(weighting="subject_relation")
+    with pytest.raises(ConfigError, match="SubjectRelationWeighting reads an earlier layer too.*BaftEditor"):
+        BaftTrainer(model, arguments(tmp_path), bank={2: torch.randn(9, D)}, **module_for(model))
+
+
 def test_locations_of_another_number_of_interventions_are_refused(tmp_path: Path) -> None:
     data = make_edit_data_module(tiny_tokenizer(), REQUESTS, num_interventions=2)
     with pytest.raises(ConfigError, match="has 1 interventions.*num_interventions=1"):
