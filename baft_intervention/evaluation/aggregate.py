@@ -8,6 +8,7 @@ is left out of that metric's mean and of its ``n``.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from .metrics import mean
 
 MetricTable = Mapping[str, float | None]
+GEOMETRIC = ("perplexity",)  # averaged as logarithms: one record with 1e6 would be the whole arithmetic mean
 
 
 def column(records: Sequence[MetricTable], name: str) -> list[float]:
@@ -24,7 +26,7 @@ def column(records: Sequence[MetricTable], name: str) -> list[float]:
 
 
 def aggregate(records: Sequence[MetricTable], *, seed: int = 0, resamples: int = 1000) -> dict[str, dict[str, Any]]:
-    """Every metric's ``{"mean", "n", "ci_low", "ci_high"}``, ordered by name.
+    """Every metric's ``{"mean", "n", "ci_low", "ci_high"}``, ordered by name; :data:`GEOMETRIC` ones as geometric means.
 
     The interval is the 95 % percentile bootstrap over records; each metric draws from its own stream, made
     from ``seed`` and its name, so that adding a metric does not move another's interval.
@@ -32,8 +34,13 @@ def aggregate(records: Sequence[MetricTable], *, seed: int = 0, resamples: int =
     result = {}
     for name in sorted({name for r in records for name in r}):
         values = column(records, name)
+        if name in GEOMETRIC:
+            values = [math.log(v) for v in values]
         low, high = bootstrap_interval(values, seed=seed, stream=name, resamples=resamples)
-        result[name] = {"mean": mean(values), "n": len(values), "ci_low": low, "ci_high": high}
+        row = {"mean": mean(values), "ci_low": low, "ci_high": high}
+        if name in GEOMETRIC:
+            row = {k: None if v is None else math.exp(v) for k, v in row.items()}
+        result[name] = {"mean": row["mean"], "n": len(values), "ci_low": row["ci_low"], "ci_high": row["ci_high"]}
     return result
 
 

@@ -83,6 +83,10 @@ class _PeftModel(EditedModel):
         self.reader = LogitReader(model)
         self.peft: Any = None
         self.step = 0
+        try:
+            method.peft_config([0])
+        except ImportError as error:
+            raise ConfigError(f"method {method.name!r} needs peft ({error}); pip install 'peft>=0.13'") from error
 
     def _inject(self) -> None:
         """Put fresh adapters into the model; with their zero output factor they change nothing yet."""

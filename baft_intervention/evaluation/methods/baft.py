@@ -52,7 +52,10 @@ class _BaftModel(EditedModel):
         super().__init__(model, tokenizer)
         self.editor = BaftEditor(model, tokenizer, config)
         self.editor._prepare()  # the bank is a matter of the model, not of the first edit
-        self.first_changed_block = self.editor.adapter.layers[0] + 1
+        adapter = self.editor.adapter
+        # a gate that reads an early block must see it computed; the block just below may be given, see resume_at
+        hooked = [*adapter.layers, *([] if adapter.read_layer is None else [adapter.read_layer])]
+        self.first_changed_block = min(hooked) + 1
 
     def apply(self, requests: Sequence[EditRequest]) -> EditCost:
         plain = [dataclasses.replace(r, probes=()) for r in requests]  # training sees no probe
@@ -64,7 +67,7 @@ class _BaftModel(EditedModel):
         edits = report.edits
         loss = sum(e.loss for e in edits) / len(edits)
         stored = sum(t.numel() * t.element_size() for t in adapter.state().values())
-        trained = adapter.num_parameters() // max(len(adapter.edits), 1) * len(edits)
+        trained = adapter.trained_parameters() * len(edits)
         self.cost = EditCost(max(e.steps for e in edits), loss, trained, stored)
         return self.cost
 

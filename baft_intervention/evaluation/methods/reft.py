@@ -72,7 +72,7 @@ def make_intervention(name: str, width: int, rank: int, seed: int) -> Any:
         with contextlib.redirect_stdout(io.StringIO()):  # pyvene prints at import
             import pyreft
     except ImportError as error:
-        raise ConfigError(f"methods loreft and direft need pyreft ({error}); pip install 'baft-intervention[pyreft]'") from error
+        raise ConfigError(f"methods loreft and direft need pyreft ({error}); pip install --no-deps pyreft==0.1.0 pyvene==0.1.8") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return getattr(pyreft, name)(embed_dim=width, low_rank_dimension=rank, dtype=torch.float32, dropout=0.0)
@@ -88,6 +88,13 @@ class _ReftModel(EditedModel):
         self.module: Any = None
         self._lengths: list[int] | None = None
         self._handle: Any = None
+
+        self._fresh_module()  # a bad rank, or a missing pyreft, is told now and not at the first edit
+
+    def _fresh_module(self) -> Any:
+        s = self.method
+        module = make_intervention(s.intervention, hidden_size(self.model), s.rank, s.seed)
+        return module.to(self.model.get_input_embeddings().weight.device)
 
     @contextlib.contextmanager
     def prompts(self, lengths: Sequence[int]) -> Iterator[None]:
@@ -109,8 +116,7 @@ class _ReftModel(EditedModel):
         s = self.method
         fresh = self.module is None
         if fresh:
-            device = self.model.get_input_embeddings().weight.device
-            self.module = make_intervention(s.intervention, hidden_size(self.model), s.rank, s.seed).to(device)
+            self.module = self._fresh_module()
             self._handle = hook_block(find_blocks(self.model)[self.layer], self._change)
         trained = list(self.module.parameters())
         before = [p.detach().clone() for p in trained]
