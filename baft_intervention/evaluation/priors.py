@@ -89,9 +89,6 @@ class PriorStore:
         assert self.folder is not None
         return self.folder / key[:2] / f"{key}.safetensors"
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._memory or (self.folder is not None and self._path(key).is_file())
-
     def get(self, key: str, queries: list[Query], *, blocks: Sequence[int] = ()) -> Prior | None:
         """The prior under a key; ``None`` where there is none, or where its file is damaged.
 

@@ -92,7 +92,7 @@ class Scorer:
         self.fingerprint = fingerprint or model_fingerprint(model)
         self._settings: dict[str, Any] | None = None
         self._plans: dict[EditRequest, RecordPlan] = {}
-        self._resume_checked = False
+        self._resume_checked = self._resume_refused = False
 
     @property
     def context(self) -> int | None:
@@ -128,7 +128,7 @@ class Scorer:
             plan = self.plan(request)
             rows, place = make_rows(plan.queries)
             key = self._key(plan, rows)
-            if key not in self.store:
+            if self.store.get(key, plan.queries) is None:
                 self.store.put(key, self._prior(plan, rows, place))
                 computed += 1
             if progress:
@@ -274,7 +274,8 @@ class Scorer:
         hidden_kept = self.reader.selective and not self.keep_log_probs
         extra = torch.cat([states[q] for q in compared]).to(ids.device) if compared and hidden_kept else None
         block, inputs, as_tuple = kept
-        start = _block_input(block, [inputs[r] for r in batch], ids, as_tuple) if inputs else None
+        use = inputs and not self._resume_refused
+        start = _block_input(block, [inputs[r] for r in batch], ids, as_tuple) if use else None
         if not edited.head_intact and not self.keep_log_probs:
             raise RuntimeError("the edit changes the output head; make the Scorer with keep_log_probs=True")
 
@@ -287,7 +288,7 @@ class Scorer:
             full = run(None)
             if (full - logits).abs().max() > 1e-3 * full.abs().max().clamp_min(1.0):
                 logger.warning("resuming at block %d changes the logits; all blocks are computed", block)
-                self.resume_blocks = ()  # the answers are computed anew: their key names the blocks
+                self._resume_refused = True
                 logits = full
             self._resume_checked = True
         logits = logits.float()
