@@ -58,7 +58,8 @@ class BaftTrainer(ReftTrainer):
             which is what transformers 4 makes of no ``report_to``, counts as not asked for.
         tokenizer, processing_class: two names of one thing; either does in every version.
         bank: ``layer -> (N, d)`` unrelated representations, e.g. ``get_bank(...).unrelated`` of
-            :mod:`baft_intervention.training.bank`. Weighting networks that start from data (``cosine``) do so with it, before the first step.
+            :mod:`baft_intervention.training.bank`. Weighting networks that start from data (``cosine``) do so with it,
+            before the first step.
         used: ``layer -> (r,)`` use of the bases by earlier edits, for the load balancing.
         locality_coefficient, balance_coefficient: weights of :mod:`baft_intervention.losses`, training only. Under
             accumulation both are averaged over the micro-batches by their tokens.

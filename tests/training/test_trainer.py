@@ -204,7 +204,7 @@ def test_locality_closes_the_gate_on_the_bank(tmp_path: Path) -> None:
         args = arguments(tmp_path, num_train_epochs=15)
         BaftTrainer(model, args, bank=bank, locality_coefficient=coefficient, **data).train()
         weighting = next(iter(model.interventions.values())).map.weighting
-        use[coefficient] = float(weighting(bank[2]).mean())
+        use[coefficient] = weighting(bank[2]).mean().item()
     assert use[5.0] < use[0.0] - 0.1
 
 
