@@ -135,9 +135,15 @@ class BaftAdapter:
             self._stacks[key] = EditStack(self.network(layer).to(device), edits)
         return self._stacks[key]
 
-    def num_parameters(self) -> int:
-        """Numbers stored for the edits (not counting what they share)."""
+    def num_stored(self) -> int:
+        """Numbers kept for the edits, trained or not (what they share is not counted)."""
         return sum(t.numel() for e in self.edits for tensors in e.tensors.values() for t in tensors.values())
+
+    def trained_parameters(self) -> int:
+        """Numbers that training changes for one edit: the map's and the weighting network's parameters on all layers."""
+        network = self.network(self.layers[0])
+        own = sum(p.numel() for n, p in network.named_parameters() if not is_shared(network, n))
+        return len(self.layers) * (self.config.rank * (2 * self.embed_dim + 1) + own)
 
     # ------------------------------------------------------------------------------------------ on the model
 
