@@ -332,6 +332,14 @@ def test_a_checkpoint_runs_no_code(tmp_path: Path, file: str, monkeypatch: pytes
     assert not (tmp_path / "executed").exists()
 
 
+def test_no_caller_can_ask_for_the_unrestricted_unpickler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BAFT_TEST_MALICE", str(tmp_path / "executed"))
+    torch.save(Malice(), tmp_path / "file.pt")  # as transformers 4.45.1 reads it on torch before 2.6
+    with trainer_module._safe_torch_load(), pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "file.pt", weights_only=False)
+    assert not (tmp_path / "executed").exists()
+
+
 def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
     model = reft()
     scores = iter([1.0, 3.0, 2.0])
