@@ -25,7 +25,8 @@ class Lora(Method):
 
     Args:
         rank, alpha: of the update ``(alpha / rank) B A``.
-        target_modules: names of the projections; peft's own choice for the architecture where empty.
+        target_modules: names of the projections; where empty, those of queries and values (the LoRA paper's choice), or
+            the one matrix that holds them.
         first_layer: lowest block that has an adapter; a fraction is one of the depth.
         learning_rate, steps, loss_target, append_eos: see :class:`~baft_intervention.evaluation.fit.Fitting`.
     """
@@ -42,12 +43,12 @@ class Lora(Method):
     def attach(self, model: Any, tokenizer: Any) -> EditedModel:
         return _PeftModel(self, model, tokenizer)
 
-    def peft_config(self, layers: list[int]) -> Any:
+    def peft_config(self, layers: list[int], targets: list[str]) -> Any:
         from peft import LoraConfig
 
         return LoraConfig(
             r=self.rank, lora_alpha=self.alpha, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
-            target_modules=list(self.target_modules) or None, layers_to_transform=layers,
+            target_modules=targets, layers_to_transform=layers,
         )  # fmt: skip
 
 
@@ -64,15 +65,35 @@ class AdaLora(Lora):
     initial_rank: int = 12
     orthogonality: float = 0.1
 
-    def peft_config(self, layers: list[int]) -> Any:
+    def peft_config(self, layers: list[int], targets: list[str]) -> Any:
         from peft import AdaLoraConfig
 
         total = max(self.steps, 10)
         return AdaLoraConfig(
             init_r=self.initial_rank, target_r=self.rank, lora_alpha=self.alpha, lora_dropout=0.0, bias="none",
-            task_type="CAUSAL_LM", target_modules=list(self.target_modules) or None, layers_to_transform=layers,
+            task_type="CAUSAL_LM", target_modules=targets, layers_to_transform=layers,
             tinit=total // 5, tfinal=total // 5, total_step=total, deltaT=1, orth_reg_weight=self.orthogonality,
         )  # fmt: skip
+
+
+_QUERY_VALUE = (("q_proj", "v_proj"), ("query_key_value",), ("qkv_proj",), ("c_attn",), ("query", "value"), ("Wqkv",))
+
+
+def target_modules(block: torch.nn.Module, wanted: Sequence[str]) -> list[str]:
+    """Names of the adapted projections in a block.
+
+    Raises:
+        ConfigError: the block has none of that name.
+    """
+    names = [n for n, m in block.named_modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 2]
+    last = {n.rsplit(".", 1)[-1] for n in names}
+    for choice in (wanted,) if wanted else _QUERY_VALUE:
+        if last.issuperset(choice):
+            return list(choice)
+    raise ConfigError(
+        f"no projections {', '.join(wanted) or 'of queries and values'} in {type(block).__name__}; set target_modules to some "
+        f"of {', '.join(sorted(last))}"
+    )
 
 
 class _PeftModel(EditedModel):
@@ -83,8 +104,9 @@ class _PeftModel(EditedModel):
         self.reader = LogitReader(model)
         self.peft: Any = None
         self.step = 0
+        self.targets = target_modules(find_blocks(model)[0], method.target_modules)
         try:
-            method.peft_config([0])
+            method.peft_config([0], self.targets)
         except ImportError as error:
             raise ConfigError(f"method {method.name!r} needs peft ({error}); pip install 'peft>=0.13'") from error
 
@@ -98,7 +120,7 @@ class _PeftModel(EditedModel):
             with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Conv1D's fan_in_fan_out is set by peft and said aloud
                 torch.manual_seed(self.method.seed)
-                self.peft = get_peft_model(self.model, self.method.peft_config(layers))
+                self.peft = get_peft_model(self.model, self.method.peft_config(layers, self.targets))
         except ValueError as error:
             raise ConfigError(f"peft cannot adapt this model: {error}; set target_modules") from error
         self.step = 0
