@@ -117,7 +117,7 @@ def encode_request(tokenizer: Any, request: EditRequest, config: BaftConfig) -> 
 def frozen(model: nn.Module) -> Iterator[None]:
     """Inside, no parameter of ``model`` wants a gradient and the model is in eval mode; all flags come back after."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    training = model.training
+    modes = [(m, m.training) for m in model.modules()]  # of each: a user may keep some in eval mode
     for parameter, _ in flags:
         parameter.requires_grad_(False)
     model.eval()
@@ -126,7 +126,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        model.train(training)
+        for module, mode in modes:
+            module.training = mode
 
 
 def edit_seed(seed: int, requests: Sequence[EditRequest]) -> int:

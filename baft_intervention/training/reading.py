@@ -39,7 +39,7 @@ def read_blocks(
     blocks, device = find_blocks(model), next(model.parameters()).device
     found: dict[int, list[Tensor]] = {layer: [torch.empty(0)] * len(rows) for layer in layers}
     order = sorted(range(len(rows)), key=lambda i: max(columns[i]))
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         for begin in range(0, len(order), batch_size):
@@ -50,7 +50,8 @@ def read_blocks(
                 for layer in layers:
                     found[layer][i] = seen[layer][k, list(columns[i])].float().cpu()
     finally:
-        model.train(training)
+        for module, mode in modes:
+            module.training = mode
     return found
 
 
