@@ -1,0 +1,329 @@
+"""What ``baft edit``, ``generate``, ``list``, ``undo`` and ``validate`` do."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .cli import BAD_INPUT, FAILED, OK
+from .config import BaftConfig
+from .console import Output
+from .data import load_requests, validate
+from .editor import BaftEditor, EditReport
+from .errors import AdapterError, BaftError, ConfigError, DataError, EditError, RequestError
+from .models import load_model
+from .requests import EditRequest
+from .storage import DESCRIPTION, read_directory
+from .training.engine import encode_request
+
+# command-line options that are fields of BaftConfig; the first four decide what an adapter's tensors are
+_STRUCTURE = ("rank", "layers", "positions", "weighting")
+_SETTINGS = (*_STRUCTURE, "steps", "learning_rate", "seed")
+_ANSWER_TOKENS = 12  # of the answers that `edit` shows before and after
+
+
+# ------------------------------------------------------------------------------------------- edit
+
+
+def run_edit(args: argparse.Namespace, out: Output) -> int:
+    place = _place_of_result(args)
+    config = _settings(args)
+    data = load_requests(args.edits, args.task, limit=args.limit, skip_bad=args.skip_bad)
+    editor = _open_editor(args, config)
+    requests, skipped = _usable(editor, data.requests) if args.skip_bad else (data.requests, [])
+    skipped = [*data.bad, *skipped]
+    if not requests:
+        raise DataError(f"{args.edits}: no request can be used; the first problem: {skipped[0]}")
+    for text in skipped:
+        out.note(f"baft: skipped: {text}")
+    shown = [request.prompt for request in requests[: args.show]]
+    with editor.enabled(False):
+        before = _ask(editor, shown)
+    finished = {edit.id for edit in editor.edits}
+    try:
+        report = editor.edit(requests, progress=out.progress)
+    except KeyboardInterrupt:
+        new = [edit for edit in editor.edits if edit.id not in finished]
+        if not new:
+            raise KeyboardInterrupt("interrupted before an edit was finished; nothing was written") from None
+        editor.save_pretrained(place)
+        raise KeyboardInterrupt(
+            f"interrupted: {len(new)} of {len(requests)} edits are finished and saved in {place}"
+        ) from None
+    after = _ask(editor, shown)
+    editor.save_pretrained(place)
+    _show_edit(out, report, requests, before, after, place, len(editor.edits))
+    result = report.to_dict()
+    out.result(
+        {
+            "adapter": str(place),
+            "base_model": editor.model_name,
+            "settings": editor.config.to_dict(),
+            **result,
+            "answers": [{"prompt": p, "before": b, "after": a} for p, b, a in zip(shown, before, after, strict=True)],
+            "skipped": skipped,
+            "edits_in_adapter": len(editor.edits),
+        }
+    )
+    return OK if all(edit.reached for edit in report.edits) else FAILED
+
+
+def _show_edit(
+    out: Output,
+    report: EditReport,
+    requests: Sequence[EditRequest],
+    before: Sequence[str],
+    after: Sequence[str],
+    place: Path,
+    total: int,
+) -> None:
+    edit_of = {request.id: edit for edit in report.edits for request in edit.requests}
+    rows = [
+        (edit_of[r.id].id, r.prompt, r.target_new, b, a, "ok" if edit_of[r.id].reached else "missed")
+        for r, b, a in zip(requests, before, after, strict=False)
+    ]
+    if rows:
+        out.table(("edit", "prompt", "target", "before", "after", ""), rows, mark=5)
+    if len(rows) < len(requests):
+        out.say(f"… and {len(requests) - len(rows)} more")
+    missed = [edit for edit in report.edits if not edit.reached]
+    what = f"{len(report.edits)} edits" if len(report.edits) != 1 else "1 edit"
+    replaced = f", {len(report.replaced)} earlier ones of the same prompts replaced" if report.replaced else ""
+    out.say(f"{what} in {report.seconds:.1f} s{replaced}; {total} in {place}")
+    if missed:
+        out.say(f"{len(missed)} do not give the whole target yet; raise --steps or --rank", style="bold red")
+
+
+def _place_of_result(args: argparse.Namespace) -> Path:
+    """Where the adapter goes, refused now and not after the training."""
+    if args.out is None and args.adapter is None:
+        raise ConfigError("give --out DIR, the folder for the adapter")
+    place = Path(args.out or args.adapter).expanduser()
+    _check_place(place)
+    same = args.adapter is not None and place.resolve() == Path(args.adapter).expanduser().resolve()
+    if (place / DESCRIPTION).exists() and not (same or args.overwrite):
+        raise AdapterError(
+            f"{place} holds an adapter already; give --adapter {place} to add to it, or --overwrite to replace it"
+        )
+    return place
+
+
+def _check_place(place: Path) -> None:
+    """What ``write_directory`` would refuse as well, but before the work is done."""
+    if place.exists() and not place.is_dir():
+        raise AdapterError(f"{place} is a file; give the name of a folder for the adapter")
+    if place.is_dir() and any(place.iterdir()) and not (place / DESCRIPTION).is_file():
+        raise AdapterError(f"folder {place} is not empty and holds no adapter; choose a new folder")
+
+
+def _settings(args: argparse.Namespace) -> BaftConfig:
+    """Settings from the adapter to continue or the file, with the options on top."""
+    given = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
+    if args.adapter is None:
+        base = BaftConfig.from_file(args.config) if args.config else BaftConfig()
+        return dataclasses.replace(base, **given)
+    if args.config:
+        raise ConfigError(f"{args.adapter} has its own settings; leave --config out, or start a new adapter with --out")
+    base = BaftConfig.from_dict(read_directory(args.adapter)[1]["config"], where=f"{args.adapter}: ")
+    changed = dataclasses.replace(base, **given)
+    for name in _STRUCTURE:
+        if getattr(base, name) != getattr(changed, name):
+            raise ConfigError(
+                f"--{name} does not fit {args.adapter}, whose edits were made with {name} = {getattr(base, name)!r}; "
+                "leave the option out, or start a new adapter with --out"
+            )
+    return changed
+
+
+def _usable(editor: BaftEditor, requests: Sequence[EditRequest]) -> tuple[list[EditRequest], list[str]]:
+    """Requests that can be trained, and what is wrong with the others."""
+    good: dict[str, EditRequest] = {}
+    bad = []
+    for request in requests:
+        try:
+            encode_request(editor.tokenizer, request, editor.config)
+            if request.prompt in good:
+                raise RequestError(f"{request.where}: an earlier request has the same prompt")
+        except BaftError as error:
+            bad.append(str(error))
+        else:
+            good[request.prompt] = request
+    return list(good.values()), bad
+
+
+def _ask(editor: BaftEditor, prompts: Sequence[str]) -> list[str]:
+    return editor.generate(list(prompts), max_new_tokens=_ANSWER_TOKENS) if prompts else []
+
+
+def _open_editor(args: argparse.Namespace, config: BaftConfig | None = None) -> BaftEditor:
+    """The editor of ``--adapter``, of ``--model``, or of an adapter whose base model is now elsewhere."""
+    if args.adapter is None:
+        return BaftEditor.from_pretrained(args.model or "smollm2-135m", config, device=args.device, dtype=args.dtype)
+    if args.model is None:
+        if not (Path(args.adapter).expanduser() / DESCRIPTION).is_file():
+            read_directory(args.adapter)  # from_pretrained would take it for a model; this says what is wrong
+        editor = BaftEditor.from_pretrained(args.adapter, device=args.device, dtype=args.dtype)
+        editor.config = config or editor.config
+        return editor
+    _, description = read_directory(args.adapter)
+    config = config or BaftConfig.from_dict(description["config"], where=f"{args.adapter}: ")
+    dtype = args.dtype or description["base_model"].get("dtype")
+    model, tokenizer = load_model(args.model, device=args.device, dtype=dtype)
+    editor = BaftEditor(model, tokenizer, config, model_name=args.model)
+    editor.load_adapter(args.adapter)
+    return editor
+
+
+# ------------------------------------------------------------------------------------------- generate
+
+
+def run_generate(args: argparse.Namespace, out: Output) -> int:
+    import torch
+
+    if args.adapter is None and args.model is None:
+        raise ConfigError("give --adapter DIR (an edited model) or --model M (an unedited one)")
+    if args.compare and args.adapter is None:
+        raise ConfigError("--compare shows the unedited model beside the edited one; it needs --adapter")
+    prompts = _prompts(args)
+    options = _decoding(args)
+    editor = _open_editor(args)
+
+    def ask() -> list[Any]:
+        torch.manual_seed(args.seed)
+        return editor.generate(prompts, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, **options)
+
+    answers = [a if isinstance(a, list) else [a] for a in ask()]
+    unedited: list[list[str]] | None = None
+    if args.compare:
+        with editor.enabled(False):
+            unedited = [a if isinstance(a, list) else [a] for a in ask()]
+    results = []
+    for i, prompt in enumerate(prompts):
+        result: dict[str, Any] = {"prompt": prompt, "texts": answers[i]}
+        if unedited is not None:
+            result |= {"unedited": unedited[i], "same": unedited[i] == answers[i]}
+        results.append(result)
+    out.result(
+        {
+            "base_model": editor.model_name,
+            "adapter": args.adapter,
+            "edits": len(editor.edits),
+            "options": {"max_new_tokens": args.max_new_tokens, "seed": args.seed, **options},
+            "results": results,
+        }
+    )
+    if unedited is not None:
+        rows = [
+            (prompt, old, new, "same" if old == new else "changed")
+            for i, prompt in enumerate(prompts)
+            for old, new in zip(unedited[i], answers[i], strict=True)
+        ]
+        out.table(("prompt", "unedited", "edited", ""), rows, mark=3)
+    else:
+        out.table(
+            ("prompt", "answer"), [(p, text) for p, texts in zip(prompts, answers, strict=True) for text in texts]
+        )
+    return OK
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    prompts = list(args.prompt or [])
+    source = args.prompts
+    if source is None and not prompts:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise DataError('give a prompt: --prompt "…", --prompts FILE, or text on standard input')
+        source = "-"
+    if source is not None:
+        name = "standard input" if source == "-" else source
+        try:
+            text = sys.stdin.buffer.read() if source == "-" else Path(source).expanduser().read_bytes()
+            lines = text.decode("utf-8-sig").split("\n")
+        except OSError as error:
+            raise DataError(f"{name}: cannot be read: {error.strerror or error}") from None
+        except UnicodeDecodeError as error:
+            raise DataError(f"{name}: byte {error.start} is not UTF-8 ({error.reason}); save it as UTF-8") from None
+        prompts += [line.removesuffix("\r") for line in lines if line.strip()]
+        if not prompts:
+            raise DataError(f"{name}: there is no prompt in it; write one a line")
+    for prompt in prompts:
+        if not prompt.strip():
+            raise DataError("a prompt is empty; give some text")
+        if not prompt.isprintable() and any("\ud800" <= c <= "\udfff" for c in prompt):
+            raise DataError(f"the prompt {prompt!r} is not UTF-8 text")
+    return prompts
+
+
+def _decoding(args: argparse.Namespace) -> dict[str, Any]:
+    if not args.sample and (args.temperature is not None or args.top_p is not None):
+        raise ConfigError("--temperature and --top-p are about drawing tokens; give --sample with them")
+    if args.count > 1 and not args.sample and (args.beams or 1) < args.count:
+        raise ConfigError(f"--count {args.count} answers a prompt need --sample, or --beams of at least as many")
+    options: dict[str, Any] = {"do_sample": bool(args.sample)}
+    if args.sample:
+        options |= {"temperature": args.temperature or 1.0, "top_p": args.top_p or 1.0, "top_k": 0}
+    if args.beams is not None:
+        options["num_beams"] = args.beams
+    if args.count > 1:
+        options["num_return_sequences"] = args.count
+    return options
+
+
+# ------------------------------------------------------------------------------------------- list, undo, validate
+
+
+def run_list(args: argparse.Namespace, out: Output) -> int:
+    _, description = read_directory(args.adapter)
+    base, config, edits = description["base_model"], description["config"], description["edits"]
+    rows = []
+    for edit in edits:
+        facts = edit["steps"], f"{edit['loss']:.3f}", "ok" if edit["reached"] else "missed"
+        rows += [(edit["id"], request["prompt"], request["target_new"], *facts) for request in edit["requests"]]
+    if rows:
+        out.table(("edit", "prompt", "target", "steps", "loss", ""), rows, mark=5)
+    out.say(
+        f"{len(edits)} edit{'s' * (len(edits) != 1)} of {base['name']} ({base.get('dtype')}); weighting {config['weighting']}, "
+        f"rank {config['rank']}, layers {description['layers']}, positions {config['positions']}"
+    )
+    out.result(
+        {
+            "adapter": args.adapter,
+            "base_model": base,
+            "settings": config,
+            "layers": description["layers"],
+            "edits": edits,
+            "versions": description.get("versions", {}),
+        }
+    )
+    return OK
+
+
+def run_undo(args: argparse.Namespace, out: Output) -> int:
+    if bool(args.ids) == args.all:
+        raise ConfigError("give the ids of the edits to undo (baft list shows them), or --all")
+    place = Path(args.out or args.adapter).expanduser()
+    _check_place(place)
+    editor = _open_editor(args)
+    ids = [edit.id for edit in editor.edits] if args.all else list(dict.fromkeys(args.ids))
+    try:
+        undone = [editor.undo(name) for name in ids]
+    except EditError as error:
+        raise RequestError(f"{args.adapter}: {error}") from None
+    editor.save_pretrained(place)
+    rows = [(edit.id, request.prompt, request.target_new) for edit in undone for request in edit.requests]
+    if rows:
+        out.table(("undone", "prompt", "target was"), rows)
+    out.say(f"{len(undone)} undone, {len(editor.edits)} left in {place}")
+    left = [edit.id for edit in editor.edits]
+    out.result({"adapter": str(place), "undone": [edit.summary() for edit in undone], "left": left})
+    return OK
+
+
+def run_validate(args: argparse.Namespace, out: Output) -> int:
+    report = validate(args.files, task=args.task)
+    out.say(report.to_text())
+    out.result(report.to_dict())
+    return OK if report.ok else BAD_INPUT

@@ -1,0 +1,129 @@
+"""What the command line shows: tables for people, JSON for machines, and everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import unicodedata
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+Mark = Literal["ok", "missed", "same", "moved", "changed"]
+_STYLES: dict[str, str] = {"ok": "bold green", "missed": "bold red", "same": "green", "moved": "bold yellow"}
+PIPED_WIDTH = 120  # columns of a table that goes to a file or a pipe
+
+
+class Output:
+    """Where a command's results go.
+
+    Args:
+        as_json: results are one JSON value on stdout, and nothing else is written there.
+        quiet: no progress bar and no notes on stderr; warnings and errors stay.
+    """
+
+    def __init__(self, *, as_json: bool = False, quiet: bool = False):
+        self.as_json, self.quiet = as_json, quiet
+
+    @property
+    def progress(self) -> bool:
+        """Whether a progress bar may be drawn on stderr: a terminal, and nobody asked for silence."""
+        return not self.quiet and sys.stderr.isatty()
+
+    def note(self, text: str) -> None:
+        """One line for people about what is going on; on stderr."""
+        if not self.quiet:
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()
+
+    def say(self, text: str = "", *, style: str = "") -> None:
+        """One line of the result, for people."""
+        if not self.as_json:
+            from rich.text import Text
+
+            _console().print(Text(text, style=style))
+
+    def table(
+        self,
+        columns: Sequence[str],
+        rows: Iterable[Sequence[object]],
+        *,
+        title: str = "",
+        mark: int | None = None,
+        sections: Iterable[int] = (),
+    ) -> None:
+        """A table of the result, for people.
+
+        Args:
+            columns: headings.
+            rows: cells; shown as text, whatever they hold.
+            title: a line above.
+            mark: index of the column that holds a :data:`Mark`, which is coloured.
+            sections: indices of rows behind which a rule is drawn.
+        """
+        if self.as_json:
+            return
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(
+            title=Text(title, style="bold") if title else None,
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+        )
+        for i, name in enumerate(columns):
+            table.add_column(Text(name), overflow="fold", no_wrap=i == mark)
+        ends = set(sections)
+        for index, row in enumerate(rows):
+            cells = [
+                Text(one_line(cell), style=_STYLES.get(str(cell), "") if i == mark else "")
+                for i, cell in enumerate(row)
+            ]
+            table.add_row(*cells, end_section=index in ends)
+        _console().print(table)
+
+    def result(self, data: Any) -> None:
+        """The whole result, for machines: ASCII, so that it passes any pipe."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(data, indent=1) + "\n")
+            sys.stdout.flush()
+
+
+def one_line(value: object) -> str:
+    """Text on one line: line ends as ``⏎``, and no control character that could reach the terminal."""
+    text = str(value).strip().replace("\r\n", "\n").replace("\n", "⏎")
+    while "⏎⏎" in text:
+        text = text.replace("⏎⏎", "⏎")
+    return "".join(c if unicodedata.category(c) not in ("Cc", "Cs") else "�" for c in text)
+
+
+def set_up_logging(*, quiet: bool, debug: bool) -> None:
+    """The library's messages on stderr; transformers only speaks up about errors."""
+    logger = logging.getLogger("baft_intervention")
+    logger.setLevel(logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO)
+    for handler in [h for h in logger.handlers if isinstance(h, _StderrHandler)]:
+        logger.removeHandler(handler)
+    logger.addHandler(_StderrHandler())
+    logger.propagate = False
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.ERROR
+    )  # retries of a hub that is not reached; the error says it
+
+
+class _StderrHandler(logging.Handler):
+    """Looks up ``sys.stderr`` at each message (it may be replaced), and writes past a progress bar without breaking it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        prefix = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        tqdm.write(f"baft: {prefix}{record.getMessage()}", file=sys.stderr)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else PIPED_WIDTH
+    return Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)

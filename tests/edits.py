@@ -1,0 +1,102 @@
+"""Small edits for the tests: facts whose targets are one token of the tiny tokenizer, and settings that reach them fast."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from baft_intervention.config import BaftConfig
+from baft_intervention.editor import BaftEditor
+from baft_intervention.requests import EditRequest
+
+# given to the editor as its bank, so that no test waits for a tiny model to write texts
+BANK = (
+    "The city of London is large.",
+    "He works as a painter in Rome.",
+    "What language does he speak?",
+    "In the year 1965 she was born.",
+    "Music is what I like.",
+    "The name of the river",
+    "Who is she?",
+    "It is located in the country of Italy.",
+    "A painter was born",
+    "France and Japan",
+    "Leo speaks French.",
+    "the mother of Danielle",
+    "The United States",
+    "They are",
+)
+FRANCE = EditRequest("The capital of France is", "Japan", subject="France", id="france")
+LEO = EditRequest("The mother tongue of Leo is", "city", subject="Leo", id="leo")
+TOWER = EditRequest("The Eiffel Tower is located in", "capital", subject="The Eiffel Tower", id="tower")
+FACTS = (FRANCE, LEO, TOWER)
+# of different lengths in tokens, edited and not
+PROMPTS = (FRANCE.prompt, "Who is the president of the United States?", LEO.prompt, "He was", TOWER.prompt)
+
+
+def config(**changes: Any) -> BaftConfig:
+    """Settings that reach a one-token target on a tiny model in a few steps."""
+    return BaftConfig(**{"rank": 4, "learning_rate": 0.05, "steps": 40, **changes})
+
+
+def tiny_editor(model: Any, tokenizer: Any, **changes: Any) -> BaftEditor:
+    return BaftEditor(model, tokenizer, config(**changes), model_name="tiny", bank_texts=BANK)
+
+
+def logits(model: Any, tokenizer: Any, prompt: str) -> torch.Tensor:
+    """Next-token logits ``(V,)`` of a prompt alone, as anybody would call the model."""
+    with torch.no_grad():
+        return model(**tokenizer(prompt, return_tensors="pt")).logits[0, -1]
+
+
+def next_word(model: Any, tokenizer: Any, prompt: str) -> str:
+    return tokenizer.decode([int(logits(model, tokenizer, prompt).argmax())]).strip()
+
+
+def digest(model: nn.Module) -> str:
+    """sha256 over every parameter and buffer, name and bytes."""
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        found.update(name.encode() + tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def hooks(model: nn.Module) -> dict[str, int]:
+    """How many hooks of each kind each module has; modules without any are left out."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    counts = {n: sum(len(getattr(m, kind)) for kind in kinds) for n, m in model.named_modules()}
+    return {name: count for name, count in counts.items() if count}
+
+
+def adapter_bytes(editor: BaftEditor) -> dict[str, bytes]:
+    """The adapter's tensors by name, and the edits' ids in order."""
+    state = {name: tensor.numpy().tobytes() for name, tensor in editor.adapter.state().items()}
+    return {**state, "ids": repr([edit.id for edit in editor.edits]).encode()}
+
+
+@contextlib.contextmanager
+def unchanged(editor: BaftEditor) -> Iterator[None]:
+    """Fails where, after the block, anything of the model or of the adapter is not what it was before."""
+    model = editor.model
+
+    def look() -> dict[str, Any]:
+        return {
+            "weights": digest(model),
+            "hooks": hooks(model),
+            "modes": [m.training for m in model.modules()],
+            "flags": [p.requires_grad for p in model.parameters()],
+            "gradients": [p.grad is not None for p in model.parameters()],
+            "adapter": adapter_bytes(editor),
+            "logits": [logits(model, editor.tokenizer, p).numpy().tobytes() for p in PROMPTS],
+        }
+
+    before = look()
+    yield
+    after = look()
+    for name, value in before.items():
+        assert after[name] == value, f"{name} changed"
