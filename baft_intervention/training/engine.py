@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from ..positions import prompt_positions
 from ..requests import EditRequest
 from ..stack import is_shared
 from ..tokenization import IGNORE_INDEX, encode_pair, pad_rows, pad_token_id
+
+if TYPE_CHECKING:
+    from .fast import FastEngine
 
 logger = logging.getLogger(__name__)
 
@@ -283,6 +286,12 @@ class ReferenceEngine:
         return total
 
 
-def make_engine(model: nn.Module, tokenizer: Any, config: BaftConfig, layers: Sequence[int]) -> ReferenceEngine:
-    """The engine that ``config.engine`` names."""
-    return ReferenceEngine(model, tokenizer, config, layers)
+def make_engine(
+    model: nn.Module, tokenizer: Any, config: BaftConfig, layers: Sequence[int]
+) -> ReferenceEngine | FastEngine:
+    """The engine that ``config.engine`` names: ``reference``, or for ``auto`` the fast one."""
+    if config.engine == "reference":
+        return ReferenceEngine(model, tokenizer, config, layers)
+    from .fast import FastEngine  # it builds on this module
+
+    return FastEngine(model, tokenizer, config, layers)

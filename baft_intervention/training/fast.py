@@ -1,0 +1,344 @@
+"""The fast engine: an edit for what it must cost, and many edits in one batch.
+
+Of a step of the reference only that is done which can differ from the last one (see :mod:`.suffix`): the blocks above
+the lowest edited one, at the columns from the first edited token on, forward and backward to the activations; the
+logits at target tokens only (see :mod:`.head`). Since nothing of the model is trained, E edits are E groups of rows of
+one batch, whose maps are stacked tensors with a loss, a clipping and an optimiser state each (see :mod:`.stacked`). An
+edit that reaches its loss leaves the batch.
+
+No shortcut is taken on trust. Before the first step the engine disturbs a hidden state at random and compares the loss
+of its own path with the model's; what does not agree is not used, the log says why, and the next slower way is tried:
+the blocks alone (:class:`.suffix.Replay`), the model with its lower blocks skipped (:class:`.suffix.Through`), and last
+:class:`.engine.ReferenceEngine`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..basis_map import BasisWeightedMap
+from ..config import BaftConfig
+from ..errors import BaftError, EditError
+from ..hooks import hook_block
+from ..models import find_blocks
+from ..stack import is_shared
+from ..tokenization import IGNORE_INDEX, pad_token_id
+from .engine import Job, ReferenceEngine, Row, Surroundings, TrainedEdit, check_loss, frozen, map_tensors
+from .head import Head
+from .memory import edit_bytes, free_bytes, out_of_memory
+from .stacked import Places, StackedMaps, signature
+from .standing import Unsafe, foreign_hooks
+from .suffix import Reading, Replay, Suffix, Through, read, tolerance, used_width
+
+logger = logging.getLogger(__name__)
+
+_WAYS = ("replay", "through", "reference")
+_MOST = {"cpu": 32, "cuda": 256}  # a CPU's cores are busy by then, and its caches full
+_WINDOW = 4  # stacks that are sorted together: so many results wait for their turn at most
+_MEMORY_SHARE = 0.5  # of what is free
+
+Results = dict[int, TrainedEdit | EditError]
+
+
+class FastEngine:
+    """Trains edits in stacks; see the module.
+
+    Args:
+        model, tokenizer: the base model; its weights, flags and hooks come back as they were.
+        config: settings.
+        layers: resolved block numbers.
+        most: most edits in a stack; by default as many as fit, up to 32 on a CPU and 256 on a GPU.
+        strict: raise where a shortcut cannot be taken, in place of taking a slower way.
+
+    Attributes:
+        way: ``replay``, ``through`` or ``reference``: how the last stack was trained; None before the first.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        config: BaftConfig,
+        layers: Sequence[int],
+        *,
+        most: int | None = None,
+        strict: bool = False,
+    ):
+        model = getattr(model, "_orig_mod", model)  # what torch.compile wraps; stand-ins would break its guards
+        self.model, self.tokenizer, self.config, self.layers = model, tokenizer, config, tuple(sorted(layers))
+        self.blocks = find_blocks(model)
+        self.device = next(model.parameters()).device
+        self.most = most or _MOST.get(self.device.type, 32)
+        self.strict = strict
+        self.way: str | None = None
+        self._from = 0  # the first of _WAYS that has not failed
+        self._trusted: set[tuple] = set()  # kinds of batches that were compared with the model
+        self._head: Head | None = None
+        self._reference = ReferenceEngine(model, tokenizer, config, self.layers)
+
+    # ------------------------------------------------------------------------------------------ many edits
+
+    def train_many(self, jobs: Sequence[Job], around: Surroundings) -> Iterator[TrainedEdit]:
+        """Train independent jobs in stacks of similar length and yield their results in order.
+
+        Raises:
+            EditError: a loss that is not finite, at the job's turn.
+        """
+        begin = 0
+        while begin < len(jobs):
+            size = self._stack_size(jobs[begin:])
+            window = range(begin, min(begin + _WINDOW * size, len(jobs)))
+            waiting: Results = {}
+            stacks = self._stacks(jobs, window, size)
+            while stacks:
+                stack = stacks.pop(0)
+                try:
+                    self._train_stack({i: jobs[i] for i in stack}, around, waiting)
+                except Exception as error:
+                    if not out_of_memory(error) or len(stack) == 1:
+                        raise
+                    error.__traceback__ = None  # its frames would keep the tensors of the failed stack
+                    half = len(stack) // 2
+                    self.most = min(self.most, half)
+                    logger.warning("memory ran out with %d edits in a stack; going on with %d", len(stack), half)
+                    left = [i for i in stack if i not in waiting]
+                    stacks = [part for old in (left, *stacks) for part in _cut(old, half)]
+                    if self.device.type == "cuda":
+                        torch.cuda.empty_cache()
+            for i in window:
+                result = waiting.pop(i)
+                if isinstance(result, EditError):
+                    raise result
+                yield result
+            begin = window.stop
+
+    def train(self, job: Job, around: Surroundings) -> TrainedEdit:
+        """Train one edit."""
+        return next(self.train_many([job], around))
+
+    def _stack_size(self, jobs: Sequence[Job]) -> int:
+        """Edits of the size of the largest of ``jobs`` that fit into half of the free memory, at least one."""
+        largest = max(jobs[: _WINDOW * self.most], key=lambda job: sum(len(row.ids) for row in job.rows))
+        numbers = sum(p.numel() for m in largest.maps.values() for p in m.parameters() if p.requires_grad)
+        each = edit_bytes(self.model, largest.rows, len(self.blocks) - 1 - self.layers[0], numbers)
+        return int(max(1, min(self.most, _MEMORY_SHARE * free_bytes(self.device) // each)))
+
+    def _stacks(self, jobs: Sequence[Job], window: range, size: int) -> list[list[int]]:
+        groups: dict[tuple, list[int]] = {}
+        for i in window:
+            groups.setdefault(signature(jobs[i].maps), []).append(i)
+        stacks = []
+        for group in groups.values():
+            group.sort(key=lambda i: _extent(jobs[i]))
+            stacks += _cut(group, size)
+        return stacks
+
+    # ------------------------------------------------------------------------------------------ one stack
+
+    def _train_stack(self, jobs: Mapping[int, Job], around: Surroundings, results: Results) -> None:
+        """Train ``jobs``, by their numbers, and enter what comes of each in ``results``."""
+        begin = time.perf_counter()
+        with frozen(self.model):
+            suffix = None
+            if all(stackable(job.maps) for job in jobs.values()):
+                suffix = self._suffix([row for job in jobs.values() for row in job.rows])
+            if suffix is not None:
+                try:
+                    self._run(jobs, suffix, around, results, (time.perf_counter() - begin) / len(jobs))
+                except Exception as error:
+                    if out_of_memory(error) or isinstance(error, BaftError) or self.strict:
+                        raise
+                    self._note("a weighting network or an earlier edit cannot be stacked", error)
+                    self.way = "reference"
+        for i, job in jobs.items():
+            if i not in results:
+                try:
+                    results[i] = self._reference.train(job, around)
+                except EditError as error:
+                    results[i] = error
+
+    def _run(
+        self, jobs: Mapping[int, Job], suffix: Suffix, around: Surroundings, results: Results, spent: float
+    ) -> None:
+        """Train until every job has its entry in ``results``; ``spent``: seconds an edit has taken already."""
+        config = self.config
+        bank = around.bank if config.locality_coefficient else {}
+        stack = StackedMaps(
+            [job.maps for job in jobs.values()], config, self.device,
+            used=around.used, bank={n: bank[n] for n in self.layers if n in bank}, earlier=around.earlier,
+        )  # fmt: skip
+        active = list(jobs)
+        layout = _Layout([jobs[i] for i in active], suffix)
+        while True:
+            begin, last = time.perf_counter(), stack.step == config.steps
+            with torch.set_grad_enabled(not last):
+                losses, hits = suffix.losses(stack.changes(layout.places))
+                edit = layout.sum(losses * layout.share)  # (E,)
+                total = (edit + stack.penalties()).sum()
+            # the one time a step that the accelerator is waited for
+            values = torch.stack([edit.detach(), layout.sum((~hits).float())]).tolist()
+            staying: list[int] = []
+            leaving: dict[int, Any] = {}
+            for k, (loss, missed) in enumerate(zip(*values, strict=True)):
+                if not math.isfinite(loss):
+                    leaving[k] = loss
+                elif last or (missed == 0 and loss < config.loss_target):
+                    leaving[k] = (loss, missed == 0)
+                else:
+                    staying.append(k)
+            used = {layer: weights.detach().sum(1) for layer, weights in stack.weights.items()} if leaving else {}
+            for k, outcome in leaving.items():
+                job, seconds = jobs[active[k]], spent + (time.perf_counter() - begin) / len(active)
+                try:
+                    if not isinstance(outcome, tuple):
+                        check_loss(outcome, stack.step, job, config)
+                    stack.store(k)
+                    tensors = {layer: map_tensors(module) for layer, module in job.maps.items()}
+                    own = {layer: used[layer][k].cpu() for layer in self.layers}
+                    results[active[k]] = TrainedEdit(tensors, own, outcome[0], stack.step, seconds, outcome[1])
+                except EditError as error:
+                    results[active[k]] = error
+            if not staying:
+                return
+            stack.update(stack.gradients(total))
+            spent += (time.perf_counter() - begin) / len(active)
+            if leaving:
+                keep = [row for k in staying for row in layout.rows[k]]
+                active = [active[k] for k in staying]
+                stack.keep(staying)
+                suffix = suffix.select(keep)
+                layout = _Layout([jobs[i] for i in active], suffix)
+
+    # ------------------------------------------------------------------------------------------ which way
+
+    def _suffix(self, rows: Sequence[Row]) -> Suffix | None:
+        """The fastest way that holds for ``rows``; None for the reference."""
+        for number in range(self._from, 2):
+            try:
+                suffix = self._replay(rows) if number == 0 else self._through(rows)
+                self._compare(suffix, _WAYS[number])
+            except Exception as error:
+                if out_of_memory(error) or (self.strict and number == 0):
+                    raise
+                self._note(("its blocks are not run alone", "its lower blocks are not skipped")[number], error)
+                self._from = number + 1
+            else:
+                self.way = _WAYS[number]
+                return suffix
+        self.way = "reference"
+        return None
+
+    def _note(self, what: str, error: Exception) -> None:
+        logger.warning("%s: %s (%s: %s)", type(self.model).__name__, what, type(error).__name__, error)
+
+    def _replay(self, rows: Sequence[Row]) -> Replay:
+        module = foreign_hooks(self.model, self.blocks, self.layers[0])
+        if module is not None:
+            raise Unsafe(f"{module} carries a hook that expects whole rows")
+        reading = self._read(rows)
+        if reading.changed is not None:
+            raise Unsafe(f"a hook changes the output of block {reading.changed}; disable the other adapter")
+        if self._head is None:
+            self._head = Head(self.model, self.blocks, reading.extras, reading.last[0])
+        return Replay(self.model, self.blocks, self._head, reading, rows)
+
+    def _through(self, rows: Sequence[Row]) -> Through:
+        return Through(self.model, self.blocks, self._read(rows), rows)
+
+    def _read(self, rows: Sequence[Row]) -> Reading:
+        return read(self.model, self.blocks, rows, self.layers[0], pad_token_id(self.tokenizer))
+
+    @torch.no_grad()
+    def _compare(self, suffix: Suffix, way: str) -> None:
+        """Once for each kind of batch: that a disturbance at an edited position does to the loss what it does in the model.
+
+        Raises:
+            Unsafe: it does something else.
+        """
+        kind = (way, getattr(suffix, "past", 0) > 0, len(suffix.rows) > 1)
+        if kind in self._trusted:
+            return
+        row, lowest = suffix.rows[0], self.layers[0]
+        generator = torch.Generator().manual_seed(0)
+        start = suffix.representations()
+        places = torch.tensor([suffix.flat(0, c) for c in row.positions], device=start.device)
+        here = start[places]
+        shove = torch.randn(here.shape, generator=generator).to(here.device)
+        shove = (shove * (0.5 * here.float().norm(dim=-1, keepdim=True) / shove.norm(dim=-1, keepdim=True))).to(here)
+
+        def in_place(hidden: Tensor) -> Tensor:
+            return hidden.index_put((places,), hidden[places] + shove)
+
+        def in_model(hidden: Tensor) -> Tensor:
+            columns = torch.tensor(row.positions, device=hidden.device)
+            return hidden.index_put((torch.zeros_like(columns), columns), hidden[0, columns] + shove)
+
+        losses, _ = suffix.losses({lowest: in_place})
+        found = losses[suffix.owner == 0]
+        ids = torch.tensor([row.ids], device=start.device)
+        handle = hook_block(self.blocks[lowest], in_model)
+        try:
+            logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+        finally:
+            handle.remove()
+        labels = torch.tensor(row.labels[1:], device=start.device)
+        expected = F.cross_entropy(logits[:-1].float(), labels, ignore_index=IGNORE_INDEX, reduction="none")
+        expected = expected[labels != IGNORE_INDEX]
+        off = ((found - expected).abs() / (1.0 + expected.abs())).max()
+        if not float(off) <= tolerance(here.dtype):
+            raise Unsafe(f"with a changed hidden state its loss is off by {float(off):.1e}")
+        self._trusted.add(kind)
+
+
+class _Layout:
+    """Who owns what in a stack: rows, positions and target tokens of each edit.
+
+    Attributes:
+        rows: for each edit its rows in the suffix.
+        places: where its positions lie.
+        share: ``(N,)`` weight of each target token in its edit's mean loss.
+    """
+
+    def __init__(self, jobs: Sequence[Job], suffix: Suffix):
+        counts = [len(job.rows) for job in jobs]
+        ends = [sum(counts[: k + 1]) for k in range(len(counts))]
+        self.rows = [list(range(end - count, end)) for count, end in zip(counts, ends, strict=True)]
+        positions = [[suffix.flat(row, c) for row in rows for c in suffix.rows[row].positions] for rows in self.rows]
+        self.places = Places(positions, suffix.device)
+        edit_of_row = torch.tensor([k for k, rows in enumerate(self.rows) for _ in rows], device=suffix.device)
+        self._edit = edit_of_row[suffix.owner]  # (N,)
+        self._count = len(counts)
+        self.share = suffix.share / torch.tensor(counts, device=suffix.device)[self._edit]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """``(N,) -> (E,)``: over the target tokens of each edit."""
+        return torch.zeros(self._count, device=values.device).index_add(0, self._edit, values)
+
+
+def _extent(job: Job) -> tuple[int, int]:
+    """Widest suffix and prefix of a job's rows: what it costs in a batch."""
+    firsts = [min(row.positions) for row in job.rows]
+    widths = [used_width(row) - first for row, first in zip(job.rows, firsts, strict=True)]
+    return max(widths), max(firsts)
+
+
+def _cut(items: list[int], size: int) -> list[list[int]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def stackable(maps: Mapping[int, BasisWeightedMap]) -> bool:
+    """Whether the maps are of this library's own kind, and nothing that all edits share is trained."""
+    for module in maps.values():
+        if type(module) is not BasisWeightedMap:
+            return False
+        if any(p.requires_grad and is_shared(module.weighting, n) for n, p in module.weighting.named_parameters()):
+            return False
+    return True

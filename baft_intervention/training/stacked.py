@@ -1,0 +1,295 @@
+"""The maps of E edits as stacked tensors, trained together, each with a loss and an optimiser state of its own.
+
+Every trainable tensor of an edit lies in one row of a flat matrix ``(E, n)``, so that clipping, AdamW and the parting of
+finished edits are a few operations on three matrices, whatever the number of layers and of tensors. The leaves of the
+graph are views of that matrix, one for each name, stacked over edits and over layers.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, vmap
+
+from ..basis_map import BasisWeightedMap
+from ..config import BaftConfig
+from ..functional import baft_update
+from ..losses import balance_loss, locality_loss
+from ..orthonormal import orthonormal_rows
+from ..stack import is_shared
+from ..weighting import WeightingNetwork
+
+_WEIGHTING = "weighting."
+_BETAS, _EPSILON = (0.9, 0.999), 1e-8  # torch.optim.AdamW's defaults, which the reference uses
+
+Maps = Mapping[int, BasisWeightedMap]
+
+
+def signature(maps: Maps) -> tuple:
+    """What must agree for edits to be stacked: names, shapes and which tensors are trained, layer by layer."""
+    found = []
+    for layer, module in sorted(maps.items()):
+        trained = {n for n, p in module.named_parameters() if p.requires_grad}
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            found.append((layer, name, tuple(tensor.shape), name in trained))
+        found.append((layer, type(module.weighting).__qualname__))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """One name's place in a row of the flat matrix: ``(layers, *shape)`` from ``begin`` on."""
+
+    name: str
+    layers: tuple[int, ...]
+    shape: tuple[int, ...]
+    begin: int
+
+    @property
+    def numel(self) -> int:
+        return len(self.layers) * math.prod(self.shape)
+
+
+class Places:
+    """Where the edited positions of E edits lie among the flattened hidden states.
+
+    Args:
+        positions: for each edit its indices, at least one.
+
+    Attributes:
+        index: ``(E, n)``, short lists filled up with their first entry.
+        filled: ``(E, n)`` bool, False where it was filled up; None where nothing was.
+    """
+
+    def __init__(self, positions: Sequence[Sequence[int]], device: torch.device):
+        width = max(len(p) for p in positions)
+        self.index = torch.tensor([[*p, *[p[0]] * (width - len(p))] for p in positions], device=device)
+        self.filled: Tensor | None = None
+        if any(len(p) < width for p in positions):
+            self.filled = torch.tensor([[i < len(p) for i in range(width)] for p in positions], device=device)
+        self.real = self.index.flatten() if self.filled is None else self.index[self.filled]
+
+    def take(self, hidden: Tensor) -> Tensor:
+        """``(P, d) -> (E, n, d)`` fp32."""
+        return hidden[self.index].float()
+
+    def put(self, hidden: Tensor, new: Tensor) -> Tensor:
+        """``hidden (P, d)`` with the rows ``new (E, n, d)`` in their places."""
+        values = new.flatten(0, 1) if self.filled is None else new[self.filled]
+        return hidden.index_put((self.real,), values.to(hidden.dtype))
+
+    def count(self, weights: Tensor) -> Tensor:
+        """``(E, n, r)`` weights, 0 where nothing real stands."""
+        return weights if self.filled is None else weights * self.filled.unsqueeze(-1)
+
+
+class StackedMaps:
+    """The maps of E edits, and AdamW on them.
+
+    Args:
+        maps: for each edit ``layer -> map``, all of one :func:`signature`.
+        config: learning rate, decay, clipping, coefficients.
+        device: where to train.
+        used: ``layer -> (r,)`` use of bases by earlier edits.
+        bank: ``layer -> (N, d)`` unrelated representations.
+        earlier: ``layer -> function``, the summed update of earlier edits.
+
+    Attributes:
+        flat: ``(E, n)``, all that is trained.
+    """
+
+    def __init__(
+        self,
+        maps: Sequence[Maps],
+        config: BaftConfig,
+        device: torch.device,
+        *,
+        used: Mapping[int, Tensor],
+        bank: Mapping[int, Tensor],
+        earlier: Mapping[int, Callable[[Tensor], Tensor]],
+    ):
+        self.maps, self.config = list(maps), config
+        self.layers = tuple(sorted(maps[0]))
+        self.used = {layer: used.get(layer, torch.zeros(config.rank)).to(device) for layer in self.layers}
+        self.bank, self.earlier = {layer: tensor.to(device) for layer, tensor in bank.items()}, earlier
+        self._leaves = _plan(maps[0], self.layers)
+        self.flat = torch.empty(len(maps), sum(leaf.numel for leaf in self._leaves), device=device)
+        for row, each in enumerate(maps):
+            for leaf in self._leaves:
+                values = torch.stack([each[layer].get_parameter(leaf.name).detach() for layer in leaf.layers])
+                self.flat[row, leaf.begin : leaf.begin + leaf.numel] = values.flatten()
+        self.mean, self.square = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
+        self.step = 0
+        trained = {(layer, leaf.name) for leaf in self._leaves for layer in leaf.layers}
+        self._gates_trained = {layer for layer, name in trained if name.startswith(_WEIGHTING)}
+        self._networks = {layer: _on(device, maps[0][layer].weighting) for layer in self.layers}
+        self._fixed = {
+            layer: {
+                name: torch.stack([_tensor(each[layer], name) for each in maps]).to(device)
+                for name in _own_names(maps[0][layer])
+                if (layer, name) not in trained
+            }
+            for layer in self.layers
+        }
+        self._constant: dict[int, tuple[Tensor, Tensor | None, Tensor | None]] = {}
+        self.weights: dict[int, Tensor] = {}
+        self._track()
+
+    def __len__(self) -> int:
+        return len(self.maps)
+
+    def _track(self) -> None:
+        """Leaves of the graph: views of the flat matrix, whose values follow it."""
+        self.tensors = [
+            self.flat[:, leaf.begin : leaf.begin + leaf.numel]
+            .view(len(self), len(leaf.layers), *leaf.shape)
+            .detach()
+            .requires_grad_()
+            for leaf in self._leaves
+        ]
+        self._constant = {}
+
+    # ------------------------------------------------------------------------------------------ acting
+
+    def changes(self, places: Places) -> dict[int, Callable[[Tensor], Tensor]]:
+        """For each edited layer the change of its output ``(P, d)``; :attr:`weights` ``(E, n, r)`` are left behind."""
+        state: dict[int, dict[str, Tensor]] = {layer: dict(fixed) for layer, fixed in self._fixed.items()}
+        for leaf, tensor in zip(self._leaves, self.tensors, strict=True):
+            # one decomposition for the bases of all edits and layers
+            values = orthonormal_rows(tensor) if leaf.name == "basis" else tensor
+            for i, layer in enumerate(leaf.layers):
+                state[layer][leaf.name] = values[:, i]
+        for layer in self.layers:
+            if "basis" in self._fixed[layer]:
+                state[layer]["basis"] = orthonormal_rows(state[layer]["basis"])
+        self._state, self.weights = state, {}
+        return {layer: self._change(layer, places) for layer in self.layers}
+
+    def _change(self, layer: int, places: Places) -> Callable[[Tensor], Tensor]:
+        def change(hidden: Tensor) -> Tensor:
+            with torch.autocast(hidden.device.type, enabled=False):  # fp32 throughout, as in a BasisWeightedMap
+                x, weights, before = self._constant.get(layer) or self._read(layer, hidden, places)
+                if weights is None:
+                    weights = self._gates(layer, x)
+                own = self._state[layer]
+                delta = baft_update(x, own["basis"], own["source_weight"], own["source_bias"], weights)
+                self.weights[layer] = places.count(weights)
+                return places.put(hidden, x + (delta if before is None else delta + before))
+
+        return change
+
+    def _read(self, layer: int, hidden: Tensor, places: Places) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Input, weights (None where they are trained) and the earlier edits' update; kept where they cannot change."""
+        x = places.take(hidden)
+        before = None
+        if layer in self.earlier:
+            before = self.earlier[layer](x.flatten(0, 1)).view_as(x)
+        found = (x, None if layer in self._gates_trained else self._gates(layer, x), before)
+        if layer == self.layers[0]:  # below it nothing is edited
+            self._constant[layer] = found
+        return found
+
+    def _gates(self, layer: int, x: Tensor) -> Tensor:
+        """``w (E, n, r)`` on each edit's own ``x (E, n, d)``, or on ``x (n, d)`` for all."""
+        own = {n.removeprefix(_WEIGHTING): t for n, t in self._state[layer].items() if n.startswith(_WEIGHTING)}
+        network, shared_input = self._networks[layer], x.ndim == 2
+        if len(self) == 1 or not own:
+            single = functional_call(network, {n: t[0] for n, t in own.items()}, (x if shared_input else x.squeeze(0),))
+            return single.unsqueeze(0) if single.ndim == 2 else single
+        return vmap(lambda s, h: functional_call(network, s, (h,)), in_dims=(0, None if shared_input else 0))(own, x)
+
+    def penalties(self) -> Tensor:
+        """``(E,)`` locality and balance terms of the weights of the last forward pass, coefficients included."""
+        config, total = self.config, torch.zeros(len(self), device=self.flat.device)
+        for layer in self.layers:
+            if config.locality_coefficient and layer in self.bank and layer in self._gates_trained:
+                total = total + config.locality_coefficient * locality_loss(self._gates(layer, self.bank[layer]))
+            if config.balance_coefficient:
+                total = total + config.balance_coefficient * balance_loss(self.weights[layer], self.used[layer])
+        return total
+
+    # ------------------------------------------------------------------------------------------ learning
+
+    def gradients(self, total: Tensor) -> list[Tensor | None]:
+        """Of the sum of the edits' losses; each edit's parameters are in its own loss alone."""
+        return list(torch.autograd.grad(total, self.tensors, allow_unused=True))
+
+    @torch.no_grad()
+    def update(self, gradients: Sequence[Tensor | None]) -> None:
+        """One step of AdamW with each edit's gradient clipped to ``config.max_grad_norm``."""
+        config, count = self.config, len(self)
+        parts = [
+            torch.zeros_like(tensor).view(count, -1) if gradient is None else gradient.reshape(count, -1)
+            for tensor, gradient in zip(self.tensors, gradients, strict=True)
+        ]
+        gradient = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]  # (E, n)
+        norm = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
+        gradient = gradient * (config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        self.step += 1
+        beta, beta_square = _BETAS
+        if config.weight_decay:
+            for leaf, given in zip(self._leaves, gradients, strict=True):
+                if given is not None:  # as torch's AdamW, which passes over what has no gradient
+                    part = self.flat[:, leaf.begin : leaf.begin + leaf.numel]
+                    part.mul_(1.0 - config.learning_rate * config.weight_decay)
+        self.mean.lerp_(gradient, 1.0 - beta)
+        self.square.mul_(beta_square).addcmul_(gradient, gradient, value=1.0 - beta_square)
+        scale = math.sqrt(1.0 - beta_square**self.step)
+        divisor = self.square.sqrt().div_(scale).add_(_EPSILON)
+        self.flat.addcdiv_(self.mean, divisor, value=-config.learning_rate / (1.0 - beta**self.step))
+
+    @torch.no_grad()
+    def store(self, edit: int) -> None:
+        """Write the tensors of edit number ``edit`` back into its maps."""
+        for leaf in self._leaves:
+            values = self.flat[edit, leaf.begin : leaf.begin + leaf.numel].view(len(leaf.layers), *leaf.shape)
+            for value, layer in zip(values, leaf.layers, strict=True):
+                self.maps[edit][layer].get_parameter(leaf.name).copy_(value)
+
+    @torch.no_grad()
+    def keep(self, edits: Sequence[int]) -> None:
+        """Go on with some of the edits."""
+        index = torch.tensor(list(edits), device=self.flat.device)
+        self.maps = [self.maps[i] for i in edits]
+        self.flat, self.mean, self.square = self.flat[index], self.mean[index], self.square[index]
+        self._fixed = {layer: {n: t[index] for n, t in fixed.items()} for layer, fixed in self._fixed.items()}
+        self._track()
+
+
+def _plan(maps: Maps, layers: Sequence[int]) -> list[_Leaf]:
+    groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    for layer in layers:
+        for name, parameter in maps[layer].named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault((name, tuple(parameter.shape)), []).append(layer)
+    leaves: list[_Leaf] = []
+    for (name, shape), found in groups.items():
+        begin = leaves[-1].begin + leaves[-1].numel if leaves else 0
+        leaves.append(_Leaf(name, tuple(found), shape, begin))
+    return leaves
+
+
+def _on(device: torch.device, network: WeightingNetwork) -> WeightingNetwork:
+    """The network on ``device``; a copy where it is elsewhere, for the edit's own stays where it is."""
+    tensors = [*network.parameters(), *network.buffers()]
+    return network if all(t.device == device for t in tensors) else copy.deepcopy(network).to(device)
+
+
+def _own_names(module: BasisWeightedMap) -> list[str]:
+    """Names of the tensors that each edit has for itself."""
+    names = [n for n, _ in [*module.named_parameters(), *module.named_buffers()]]
+    return [n for n in names if not (n.startswith(_WEIGHTING) and _is_common(module.weighting, n))]
+
+
+def _is_common(network: WeightingNetwork, name: str) -> bool:
+    return is_shared(network, name.removeprefix(_WEIGHTING))
+
+
+def _tensor(module: BasisWeightedMap, name: str) -> Tensor:
+    parent, _, last = name.rpartition(".")
+    return getattr(module.get_submodule(parent), last).detach()
