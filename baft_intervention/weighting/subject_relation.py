@@ -131,15 +131,19 @@ class SubjectRelationWeighting(WeightingNetwork):
             found = torch.maximum(found, self._first_word(unit) @ self.start_key - _START_LIMIT)
         return torch.where(self.has_subject > 0, found, torch.ones_like(found))
 
-    def match(self, h: Tensor, evidence: Tensor | None = None) -> Tensor:
+    def similarities(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """``(x.e, max_j x.V_j)`` of the relation question, ``(...)`` each; the second -2 where nothing competes."""
         x = self._direction(h)  # (..., d)
-        limit = self.threshold.expand(x.shape[:-1])
-        if len(self.relations.directions):
-            # a row as close to the edit's own direction as same_relation names the edit's own relation
-            rival = (self.relations.directions @ self.key < self.same_relation) & (self.has_subject > 0)  # (m,)
-            nearest = torch.where(rival, x @ self.relations.directions.mT + self.margin, -2.0).amax(-1)
-            limit = torch.maximum(limit, nearest)
-        relation = x @ self.key - limit
+        own = x @ self.key
+        if not len(self.relations.directions):
+            return own, torch.full_like(own, -2.0)
+        # a row as close to the edit's own direction as same_relation names the edit's own relation
+        rival = (self.relations.directions @ self.key < self.same_relation) & (self.has_subject > 0)  # (m,)
+        return own, torch.where(rival, x @ self.relations.directions.mT, -2.0).amax(-1)
+
+    def match(self, h: Tensor, evidence: Tensor | None = None) -> Tensor:
+        own, nearest = self.similarities(h)
+        relation = own - torch.maximum(self.threshold.expand(own.shape), nearest + self.margin)
         return relation if evidence is None else torch.minimum(relation, evidence)
 
     def forward(self, h: Tensor, evidence: Tensor | None = None) -> Tensor:

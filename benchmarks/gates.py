@@ -1,0 +1,117 @@
+"""How often the default gate opens, without training anything: on paraphrases, neighbours, other relations, unrelated text.
+
+    python benchmarks/gates.py --data-dir PATH --n 50 [--layer 27] [--json FILE]
+
+Reads training and validation parts only. For each record the gate is started from the request, as before an edit, and asked
+about the record's probes: the share that passes the subject question, the relation question, and both, at several margins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from baft_intervention import BaftConfig, BaftEditor
+from baft_intervention.data import load_requests
+from baft_intervention.training.reading import read_blocks
+from baft_intervention.training.start import make_jobs
+from baft_intervention.weighting import SubjectRelationWeighting
+
+PARTS = {
+    "zsre": "zsre/zsre_mend_eval.json",
+    "counterfact": "counterfact/counterfact-edit.json",
+    "wiki_counterfact": "knowedit/wiki_counterfact/train_cf.json",
+    "wiki_recent": "knowedit/wiki_recent/recent_train.json",
+}
+MARGINS = (-0.2, -0.1, 0.0, 0.1, 0.2)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "data")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--n", type=int, default=50, help="records a part; default: 50")
+    parser.add_argument("--layer", type=int, help="edited block; default: the library's")
+    parser.add_argument("--seed", type=int, default=3, help="of the draw of records; default: 3")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    config = BaftConfig(weighting="subject_relation", layers=None if args.layer is None else (args.layer,))
+    editor = BaftEditor.from_pretrained(args.model, config)
+    asked: dict[str, list[dict[str, float]]] = defaultdict(list)
+    for part, file in PARTS.items():
+        for name, answers in probe_part(editor, args.data_dir / file, args).items():
+            asked[f"{part} {name}"] += answers
+    rows = {name: shares(answers) for name, answers in sorted(asked.items())}
+    columns = list(next(iter(rows.values())))
+    print(f"block {editor.adapter.layers[0]}, subject read at block {editor.adapter.read_layer}; share open, %\n")
+    print("| probes | " + " | ".join(columns) + " |\n|---|" + "---:|" * len(columns))
+    for name, row in rows.items():
+        print(f"| {name} | " + " | ".join(f"{row[c]:g}" for c in columns) + " |")
+    if args.json:
+        args.json.write_text(json.dumps({"command": sys.argv, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+@torch.no_grad()
+def probe_part(editor: BaftEditor, path: Path, args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """``probe group -> [{subject, relation, nearest}]``: the gate's three numbers for every probe of a file's records."""
+    adapter, layer = editor.adapter, editor.adapter.layers[0]
+    read_layer = adapter.read_layer or 0
+    requests = load_requests(path, seed=args.seed, limit=args.n).requests
+    editor._prepare()
+    jobs = make_jobs(
+        editor.model,
+        editor.tokenizer,
+        editor.config,
+        adapter.layers,
+        [[r] for r in requests],
+        shared=adapter.shared,
+        bank=editor._bank(),
+    )
+    found: dict[str, list[dict[str, float]]] = defaultdict(list)
+    for job in jobs:
+        network: Any = job.maps[layer].weighting
+        assert isinstance(network, SubjectRelationWeighting)
+        probes = job.requests[0].probes
+        if not probes:
+            continue
+        rows = [list(editor.tokenizer(probe.prompt)["input_ids"]) for probe in probes]
+        early = read_blocks(editor.model, editor.tokenizer, rows, [range(len(row)) for row in rows], [read_layer])[
+            read_layer
+        ]
+        late = read_blocks(editor.model, editor.tokenizer, rows, [[len(row) - 1] for row in rows], [layer])[layer]
+        for probe, tokens, last in zip(probes, early, late, strict=True):
+            own, nearest = network.similarities(last)
+            answer = {
+                "subject": float(network.evidence(tokens).max()),
+                "relation": float(own),
+                "nearest": float(nearest),
+            }
+            found[f"{probe.kind} {probe.group}".strip()].append(answer)
+    return found
+
+
+def shares(answers: list[dict[str, float]]) -> dict[str, float]:
+    def share(condition: Any) -> float:
+        return round(100.0 * sum(condition(a) for a in answers) / len(answers), 1)
+
+    row = {"n": float(len(answers)), "subject": share(lambda a: a["subject"] > 0)}
+    for margin in MARGINS:
+
+        def both(a: dict[str, float], margin: float = margin) -> bool:
+            return a["subject"] > 0 and a["relation"] > a["nearest"] + margin
+
+        row[f"both, margin {margin:g}"] = share(both)
+    return row
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
