@@ -15,7 +15,6 @@ the blocks alone (:class:`.suffix.Replay`), the model with its lower blocks skip
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -31,10 +30,11 @@ from ..hooks import hook_block
 from ..models import find_blocks
 from ..stack import is_shared
 from ..tokenization import IGNORE_INDEX, pad_token_id
-from .engine import Job, ReferenceEngine, Row, Surroundings, TrainedEdit, check_loss, frozen, map_tensors
+from .batch import Batch, Results
+from .engine import Job, ReferenceEngine, Row, Surroundings, TrainedEdit, frozen
 from .head import Head
 from .memory import edit_bytes, free_bytes, out_of_memory
-from .stacked import Places, StackedMaps, signature
+from .stacked import signature
 from .standing import Unsafe, foreign_hooks
 from .suffix import Reading, Replay, Suffix, Through, read, tolerance, used_width
 
@@ -44,8 +44,6 @@ _WAYS = ("replay", "through", "reference")
 _MOST = {"cpu": 32, "cuda": 256}  # a CPU's cores are busy by then, and its caches full
 _WINDOW = 4  # stacks that are sorted together: so many results wait for their turn at most
 _MEMORY_SHARE = 0.5  # of what is free
-
-Results = dict[int, TrainedEdit | EditError]
 
 
 class FastEngine:
@@ -92,7 +90,7 @@ class FastEngine:
         Raises:
             EditError: a loss that is not finite, at the job's turn.
         """
-        begin = 0
+        begin = turn = 0
         while begin < len(jobs):
             size = self._stack_size(jobs[begin:])
             window = range(begin, min(begin + _WINDOW * size, len(jobs)))
@@ -113,11 +111,12 @@ class FastEngine:
                     stacks = [part for old in (left, *stacks) for part in _cut(old, half)]
                     if self.device.type == "cuda":
                         torch.cuda.empty_cache()
-            for i in window:
-                result = waiting.pop(i)
-                if isinstance(result, EditError):
-                    raise result
-                yield result
+                while turn in waiting:
+                    result = waiting.pop(turn)
+                    if isinstance(result, EditError):
+                        raise result
+                    yield result
+                    turn += 1
             begin = window.stop
 
     def train(self, job: Job, around: Surroundings) -> TrainedEdit:
@@ -152,7 +151,9 @@ class FastEngine:
                 suffix = self._suffix([row for job in jobs.values() for row in job.rows])
             if suffix is not None:
                 try:
-                    self._run(jobs, suffix, around, results, (time.perf_counter() - begin) / len(jobs))
+                    batch = Batch(jobs, suffix, self.config, self.layers, around, spent=time.perf_counter() - begin)
+                    while batch.active:
+                        results.update(batch.step())
                 except Exception as error:
                     if out_of_memory(error) or isinstance(error, BaftError) or self.strict:
                         raise
@@ -164,58 +165,6 @@ class FastEngine:
                     results[i] = self._reference.train(job, around)
                 except EditError as error:
                     results[i] = error
-
-    def _run(
-        self, jobs: Mapping[int, Job], suffix: Suffix, around: Surroundings, results: Results, spent: float
-    ) -> None:
-        """Train until every job has its entry in ``results``; ``spent``: seconds an edit has taken already."""
-        config = self.config
-        bank = around.bank if config.locality_coefficient else {}
-        stack = StackedMaps(
-            [job.maps for job in jobs.values()], config, self.device,
-            used=around.used, bank={n: bank[n] for n in self.layers if n in bank}, earlier=around.earlier,
-        )  # fmt: skip
-        active = list(jobs)
-        layout = _Layout([jobs[i] for i in active], suffix)
-        while True:
-            begin, last = time.perf_counter(), stack.step == config.steps
-            with torch.set_grad_enabled(not last):
-                losses, hits = suffix.losses(stack.changes(layout.places))
-                edit = layout.sum(losses * layout.share)  # (E,)
-                total = (edit + stack.penalties()).sum()
-            # the one time a step that the accelerator is waited for
-            values = torch.stack([edit.detach(), layout.sum((~hits).float())]).tolist()
-            staying: list[int] = []
-            leaving: dict[int, Any] = {}
-            for k, (loss, missed) in enumerate(zip(*values, strict=True)):
-                if not math.isfinite(loss):
-                    leaving[k] = loss
-                elif last or (missed == 0 and loss < config.loss_target):
-                    leaving[k] = (loss, missed == 0)
-                else:
-                    staying.append(k)
-            used = {layer: weights.detach().sum(1) for layer, weights in stack.weights.items()} if leaving else {}
-            for k, outcome in leaving.items():
-                job, seconds = jobs[active[k]], spent + (time.perf_counter() - begin) / len(active)
-                try:
-                    if not isinstance(outcome, tuple):
-                        check_loss(outcome, stack.step, job, config)
-                    stack.store(k)
-                    tensors = {layer: map_tensors(module) for layer, module in job.maps.items()}
-                    own = {layer: used[layer][k].cpu() for layer in self.layers}
-                    results[active[k]] = TrainedEdit(tensors, own, outcome[0], stack.step, seconds, outcome[1])
-                except EditError as error:
-                    results[active[k]] = error
-            if not staying:
-                return
-            stack.update(stack.gradients(total))
-            spent += (time.perf_counter() - begin) / len(active)
-            if leaving:
-                keep = [row for k in staying for row in layout.rows[k]]
-                active = [active[k] for k in staying]
-                stack.keep(staying)
-                suffix = suffix.select(keep)
-                layout = _Layout([jobs[i] for i in active], suffix)
 
     # ------------------------------------------------------------------------------------------ which way
 
@@ -296,31 +245,6 @@ class FastEngine:
         if not float(off) <= tolerance(here.dtype):
             raise Unsafe(f"with a changed hidden state its loss is off by {float(off):.1e}")
         self._trusted.add(kind)
-
-
-class _Layout:
-    """Who owns what in a stack: rows, positions and target tokens of each edit.
-
-    Attributes:
-        rows: for each edit its rows in the suffix.
-        places: where its positions lie.
-        share: ``(N,)`` weight of each target token in its edit's mean loss.
-    """
-
-    def __init__(self, jobs: Sequence[Job], suffix: Suffix):
-        counts = [len(job.rows) for job in jobs]
-        ends = [sum(counts[: k + 1]) for k in range(len(counts))]
-        self.rows = [list(range(end - count, end)) for count, end in zip(counts, ends, strict=True)]
-        positions = [[suffix.flat(row, c) for row in rows for c in suffix.rows[row].positions] for rows in self.rows]
-        self.places = Places(positions, suffix.device)
-        edit_of_row = torch.tensor([k for k, rows in enumerate(self.rows) for _ in rows], device=suffix.device)
-        self._edit = edit_of_row[suffix.owner]  # (N,)
-        self._count = len(counts)
-        self.share = suffix.share / torch.tensor(counts, device=suffix.device)[self._edit]
-
-    def sum(self, values: Tensor) -> Tensor:
-        """``(N,) -> (E,)``: over the target tokens of each edit."""
-        return torch.zeros(self._count, device=values.device).index_add(0, self._edit, values)
 
 
 def _extent(job: Job) -> tuple[int, int]:
