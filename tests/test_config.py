@@ -125,7 +125,7 @@ def test_a_missing_or_binary_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("layers", "count", "expected"),
     [
-        (None, 30, (25,)),
+        (None, 30, (27,)),
         (None, 1, (0,)),
         (None, 4, (3,)),
         ((20,), 30, (20,)),
