@@ -148,7 +148,7 @@ class FastEngine:
         with frozen(self.model):
             suffix = None
             if all(stackable(job.maps) for job in jobs.values()):
-                suffix = self._suffix([row for job in jobs.values() for row in job.rows])
+                suffix = self.prepare([row for job in jobs.values() for row in job.rows])
             if suffix is not None:
                 try:
                     batch = Batch(jobs, suffix, self.config, self.layers, around, spent=time.perf_counter() - begin)
@@ -168,7 +168,7 @@ class FastEngine:
 
     # ------------------------------------------------------------------------------------------ which way
 
-    def _suffix(self, rows: Sequence[Row]) -> Suffix | None:
+    def prepare(self, rows: Sequence[Row]) -> Suffix | None:
         """The fastest way that holds for ``rows``; None for the reference."""
         for number in range(self._from, 2):
             try:
