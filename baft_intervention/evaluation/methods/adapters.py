@@ -34,9 +34,9 @@ class Lora(Method):
     rank: int = 8
     alpha: float = 16.0
     target_modules: tuple[str, ...] = ()
-    first_layer: float = 0.5
-    learning_rate: float = 5e-3
-    steps: int = 30
+    first_layer: float = 0.67
+    learning_rate: float = 1e-3
+    steps: int = 40
     loss_target: float = 0.02
     append_eos: bool = False
 

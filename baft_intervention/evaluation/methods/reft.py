@@ -41,9 +41,9 @@ class Loreft(Method):
     """
 
     intervention = "LoreftIntervention"
-    layer: float = 5 / 6
+    layer: float = 0.9
     rank: int = 12
-    learning_rate: float = 1e-2
+    learning_rate: float = 5e-3
     steps: int = 40
     loss_target: float = 0.02
     append_eos: bool = False
