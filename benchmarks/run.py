@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -48,6 +49,7 @@ class Cell:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running cells are ended too, see run_cells
     try:
         cells = make_cells(args)
     except (OSError, ValueError, yaml.YAMLError) as error:

@@ -9,12 +9,13 @@ Writes into --out: records.jsonl (one line a record, byte for byte the same at e
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..errors import BaftError, ConfigError, EditError
 logger = logging.getLogger(__name__)
 
 METHOD_FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "methods"  # of a checkout; absent in a wheel
-_FILES = ("records.jsonl", "timings.jsonl", "run.json", "summary.json")
+_FILES = ("records.jsonl", "timings.jsonl", "run.json", "summary.json", "lock")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -131,9 +132,11 @@ def evaluate(args: argparse.Namespace, *, progress: bool = False) -> dict[str, A
     if finished is not None:
         logger.info("%s is finished; give --fresh to run it again", folder)
         return finished
-    run = _run(args, method, data.requests, plan, run, folder, progress)
-    summary = make_summary(run, folder)
-    _write(folder / "summary.json", summary)
+    with _only_writer(folder):
+        run = _run(args, method, data.requests, plan, run, folder, progress)
+        summary = make_summary(run, folder)
+        _write(folder / "summary.json", summary)
+    (folder / "lock").unlink(missing_ok=True)
     return summary
 
 
@@ -157,6 +160,19 @@ def _run(args, method, requests, plan, run, folder, progress) -> dict[str, Any]:
     with open(folder / "timings.jsonl", "ab") as file:
         file.write(dump_line({"peak_memory_mib": peak_memory_mib()}))
     return run
+
+
+@contextlib.contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    """Keep a second run out of the folder: two would write the same records twice. The lock goes with the process."""
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / "lock", timeout=0):
+            yield
+    except Timeout:
+        raise ConfigError(f"another run writes to {str(folder)!r}; wait for it, or give another --out") from None
 
 
 def _folder(out: str, *, fresh: bool) -> Path:
