@@ -8,7 +8,8 @@ call. :class:`CallTracker` reads them in a pre-hook of the model and keeps them 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class _Call:
 
     def _widest(self, rows: int) -> int:
         """An upper bound of the absolute position of any prompt's end, without asking the accelerator."""
-        if self.attention_mask is not None and self.attention_mask.ndim == 2:
+        if self.attention_mask is not None:
             starts, _ = self._extent(rows, self.attention_mask.shape[1])
             return int((starts + _expand(self.lengths or (), rows)).max())
         return max(self.lengths or (0,))
@@ -62,7 +63,7 @@ class _Call:
     def _extent(self, rows: int, width: int) -> tuple[Tensor, Tensor]:
         """``(B,)`` absolute start and ``(B,)`` length of the unpadded part of each row."""
         mask = self.attention_mask
-        if mask is None or mask.ndim != 2 or mask.shape[0] != rows:
+        if mask is None or mask.shape[0] != rows:
             return torch.zeros(rows, dtype=torch.long), torch.full((rows,), self.past + width)
         kept = mask.detach().cpu() != 0  # (B, past + T)
         position = torch.arange(kept.shape[1]).expand_as(kept)
@@ -72,7 +73,7 @@ class _Call:
 
     def _unpadded(self, rows: int, width: int) -> Tensor:
         mask = self.attention_mask
-        if mask is None or mask.ndim != 2 or mask.shape[0] != rows:
+        if mask is None or mask.shape[0] != rows:
             return torch.ones(rows, width, dtype=torch.bool)
         return mask.detach().cpu()[:, -width:] != 0
 
@@ -126,18 +127,35 @@ class CallTracker:
         return self._call or _Call(None, None, 0, self._lengths)
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        self._call = _Call(
-            ids, kwargs.get("attention_mask"), _past_length(kwargs.get("past_key_values")), self._lengths
-        )
+        if args:  # the order of arguments differs between models
+            kwargs = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        ids, past = kwargs.get("input_ids"), _past_length(kwargs)
+        self._call = _Call(ids, _padding_mask(kwargs.get("attention_mask"), past), past, self._lengths)
 
     def _leave(self, *_: Any) -> None:
         self._call = None
 
 
-def _past_length(cache: Any) -> int:
+def _padding_mask(mask: Any, past: int) -> Tensor | None:
+    """``(B, past + T)``, nonzero at tokens; None where nothing is said of padding.
+
+    With a cache of fixed size ``generate`` hands over what the attention itself takes: ``(B, 1, T, K)``, True or 0.0 where
+    a query may look, or one such mask for each kind of layer. The last query sees every token that is not padding.
+    """
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        seen = mask[:, 0, -1, : past + mask.shape[2]]
+        return seen if seen.dtype == torch.bool else seen == 0
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _past_length(call: Mapping[str, Any]) -> int:
+    cache, position = call.get("past_key_values"), call.get("cache_position")
     if cache is None:
         return 0
+    if position is not None:  # a sliding or fixed-size cache does not know its own length
+        return int(position[0])
     if hasattr(cache, "get_seq_length"):
         return int(cache.get_seq_length())
     return int(cache[0][0].shape[-2]) if len(cache) else 0  # a legacy tuple of (key, value)

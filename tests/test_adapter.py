@@ -8,6 +8,7 @@ import torch
 from baft_intervention.config import BaftConfig
 from baft_intervention.editor import BaftEditor
 from baft_intervention.errors import AdapterError, ConfigError
+from baft_intervention.hooks import hook_block
 from baft_intervention.tokenization import encode_prompt, pad_rows
 from edits import BANK, FACTS, FRANCE, LEO, PROMPTS, digest, hooks, logits, next_word, tiny_editor
 
@@ -121,7 +122,11 @@ def test_a_model_in_half_precision_keeps_its_dtype_and_takes_the_edit(tiny_llama
     model = tiny_llama.to(dtype)
     editor = tiny_editor(model, tokenizer)
     report = editor.edit(FRANCE)
-    assert logits(model, tokenizer, FRANCE.prompt).dtype == dtype
+    seen = []  # of the block, not of the logits: 4.45.1 makes those float32
+    handle = hook_block(editor.adapter.blocks[-1], lambda hidden: seen.append(hidden.dtype))
+    logits(model, tokenizer, FRANCE.prompt)
+    handle.remove()
+    assert seen == [dtype]
     assert next_word(model, tokenizer, FRANCE.prompt) == FRANCE.target_new
     assert {t.dtype for tensors in report.edits[0].tensors.values() for t in tensors.values()} == {torch.float32}
     assert {p.dtype for p in model.parameters()} == {dtype}

@@ -69,6 +69,31 @@ def test_a_known_prompt_length_holds_without_a_cache_and_in_chunks(tiny_llama):
     assert tracked.call([[5, 6, 7, 8, 9]], use_cache=False) == [(0, 4)]  # outside, a call is all prompt
 
 
+def test_arguments_may_be_given_by_position(tiny_llama):
+    tracked = _Tracked(tiny_llama, "last")
+    with torch.no_grad():
+        tiny_llama(torch.tensor(LEFT[0]), torch.tensor(LEFT[1]))
+    assert tracked.seen[-1] == [(0, 3), (1, 3)]
+    with torch.no_grad():
+        tiny_llama(torch.tensor(RIGHT[0]), torch.tensor(RIGHT[1]))
+    assert tracked.seen[-1] == [(0, 3), (1, 1)]
+
+
+@pytest.mark.parametrize("kind", ["bool", "float", "dict"])
+@pytest.mark.parametrize(("side", "expected"), [(RIGHT, [(0, 3), (1, 1)]), (LEFT, [(0, 3), (1, 3)])])
+def test_padding_is_read_from_the_masks_of_a_fixed_size_cache(tiny_llama, kind, side, expected):
+    """``(B, 1, T, K)`` with K the cache's whole size, as ``generate`` makes it."""
+    tracked = _Tracked(tiny_llama, "last")
+    kept = torch.tensor(side[1], dtype=torch.bool)
+    seen = torch.zeros(2, 1, 4, 9, dtype=torch.bool)
+    seen[..., :4] = kept[:, None, None, :] & torch.ones(4, 4, dtype=torch.bool).tril()
+    mask = seen if kind != "float" else torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+    call = {"input_ids": torch.tensor(side[0]), "attention_mask": {"full_attention": mask} if kind == "dict" else mask}
+    tracked.tracker._enter(tiny_llama, (), call)
+    found = tracked.tracker.current().positions(tracked.rule, [], 2, 4)
+    assert list(zip(found[0].tolist(), found[1].tolist(), strict=True)) == expected
+
+
 def test_beams_repeat_the_length_of_their_prompt(tiny_llama):
     tracked = _Tracked(tiny_llama, "last")
     rows = [[5, 6, 7, 8], [5, 6, 7, 9], [5, 6, 7, 8], [5, 6, 7, 9]]
