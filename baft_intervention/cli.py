@@ -123,7 +123,7 @@ def _add_edit(commands: Any) -> None:
         "--layers",
         type=_layers,
         metavar="L[,L]",
-        help="blocks, 0-based, negative from the end; default: one at 5/6 of the depth",
+        help="blocks, 0-based, negative from the end; default: one at 9/10 of the depth",
     )
     settings.add_argument(
         "--positions", metavar="RULE", help="last (the default), subject, subject_all, prompt, all, f3+l2"
