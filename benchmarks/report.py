@@ -1,6 +1,6 @@
 """Tables and a plot of a folder of results: report.md, report.csv and report.png in it.
 
-    python benchmarks/report.py benchmarks/results/smollm2
+python benchmarks/report.py benchmarks/results/smollm2
 """
 
 from __future__ import annotations

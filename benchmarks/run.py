@@ -1,7 +1,6 @@
 """Run a matrix of methods and benchmark tasks, cell by cell; finished cells are left alone, cut ones go on.
 
-    python benchmarks/run.py --methods base,loreft,lora,ft-m,baft-linear --tasks zsre,wiki_counterfact,wiki_recent,wikibio,convsent \
-        --limit 100 --out benchmarks/results/smollm2 --jobs 2
+    python benchmarks/run.py --methods base,loreft,lora,ft-m,baft-linear --limit 100 --out benchmarks/results/smollm2 --jobs 2
 
 A method is a file in benchmarks/methods, a task one in benchmarks/tasks (or a path to one's own). Each cell is a
 `baft evaluate` in a process of its own, so its peak memory is its own, and a cell that fails does not end the others. The
@@ -27,7 +26,17 @@ import yaml
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-TASK_FIELDS = {"task", "data", "options", "unrelated", "unrelated_per_record", "replies", "answers", "fluency_tokens", "max_new_tokens"}
+TASK_FIELDS = {
+    "task",
+    "data",
+    "options",
+    "unrelated",
+    "unrelated_per_record",
+    "replies",
+    "answers",
+    "fluency_tokens",
+    "max_new_tokens",
+}
 FIVE = "zsre,wiki_counterfact,wiki_recent,wikibio,convsent"
 
 
@@ -64,31 +73,51 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     failed = run_cells(cells, jobs=args.jobs, threads=args.threads, quiet=args.quiet)
     for cell in failed:
-        print(f"run.py: error: cell {cell.name} failed; see {cell.folder.parent / (cell.name + '.log')}", file=sys.stderr)
+        print(
+            f"run.py: error: cell {cell.name} failed; see {cell.folder.parent / (cell.name + '.log')}", file=sys.stderr
+        )
     if failed == cells and all(c.process is not None and c.process.returncode == 2 for c in failed):
         return 2
     return 1 if failed else 0
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--methods", default="base,loreft,lora,ft-m,baft-linear", metavar="M,M", help="names or YAML files")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--methods", default="base,loreft,lora,ft-m,baft-linear", metavar="M,M", help="names or YAML files"
+    )
     parser.add_argument("--tasks", default=FIVE, metavar="T,T", help=f"names or YAML files; default: {FIVE}")
     parser.add_argument("--protocol", default="single", metavar="P,P", help="one or several; default: single")
     parser.add_argument("--limit", type=int, default=100, metavar="N", help="records a task; 0 for all; default: 100")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--data-dir", type=Path, default=default_data(), metavar="DIR", help="folder of the benchmark files; default: $BAFT_DATA, else ../shared/data")
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=default_data(),
+        metavar="DIR",
+        help="folder of the benchmark files; default: $BAFT_DATA, else ../shared/data",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results, a folder a cell")
     parser.add_argument("--seed", default="0", metavar="N,N", help="one or several; default: 0")
     parser.add_argument("--batch-size", type=int, default=10)
     parser.add_argument("--checkpoints", default="1,10,100,1000")
-    parser.add_argument("--fluency-every", type=int, default=4, metavar="N", help="sampled text on every N-th record; default: 4")
-    parser.add_argument("--fluency-tokens", type=int, default=32, metavar="N", help="its length; 0 for none; default: 32")
+    parser.add_argument(
+        "--fluency-every", type=int, default=4, metavar="N", help="sampled text on every N-th record; default: 4"
+    )
+    parser.add_argument(
+        "--fluency-tokens", type=int, default=32, metavar="N", help="its length; 0 for none; default: 32"
+    )
     parser.add_argument("--skip-bad", action="store_true")
     parser.add_argument("--device", help="cpu (the default), cuda, cuda:1, ... or auto")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"))
-    parser.add_argument("--cache", metavar="DIR", help="folder of the unedited model's answers; default: the user's cache")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at once, each on cores/N threads; default: 1")
+    parser.add_argument(
+        "--cache", metavar="DIR", help="folder of the unedited model's answers; default: the user's cache"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="cells at once, each on cores/N threads; default: 1"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="threads a cell; default: cores/jobs")
     parser.add_argument("--fresh", action="store_true", help="run every cell again")
     parser.add_argument("--dry-run", action="store_true", help="show the commands only")
@@ -148,18 +177,36 @@ def make_cell(
     if not data.is_file():
         raise ValueError(f"{data} does not exist; give the folder of the benchmark files by --data-dir or $BAFT_DATA")
     folder = args.out / name
-    words = ["--data", str(data), "--method", method, "--model", args.model, "--out", str(folder), "--protocol", protocol]
+    words = [
+        "--data",
+        str(data),
+        "--method",
+        method,
+        "--model",
+        args.model,
+        "--out",
+        str(folder),
+        "--protocol",
+        protocol,
+    ]
     words += ["--task", task["task"]] if "task" in task else []
     words += ["--limit", str(args.limit)] if args.limit else []
     words += ["--seed", str(seed), "--batch-size", str(args.batch_size), "--checkpoints", args.checkpoints]
-    words += [word for key, value in task.get("options", {}).items() for word in ("--option", f"{key}={json.dumps(value)}")]
+    words += [
+        word for key, value in task.get("options", {}).items() for word in ("--option", f"{key}={json.dumps(value)}")
+    ]
     if "unrelated" in task:
         words += ["--unrelated", str(args.data_dir / task["unrelated"])]
         words += ["--unrelated-per-record", str(task.get("unrelated_per_record", 2))]
     words += ["--replies", str(task["replies"])] if "replies" in task else []
     words += [] if task.get("answers", True) else ["--no-answers"]
     words += ["--max-new-tokens", str(task["max_new_tokens"])] if "max_new_tokens" in task else []
-    words += ["--fluency-tokens", str(task.get("fluency_tokens", args.fluency_tokens)), "--fluency-every", str(args.fluency_every)]
+    words += [
+        "--fluency-tokens",
+        str(task.get("fluency_tokens", args.fluency_tokens)),
+        "--fluency-every",
+        str(args.fluency_every),
+    ]
     words += ["--threads", str(threads), "--quiet"]
     for flag in ("device", "dtype", "cache"):
         if getattr(args, flag):
@@ -186,7 +233,9 @@ def run_cells(cells: Sequence[Cell], *, jobs: int, threads: int | None, quiet: b
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
     waiting, running, failed = list(cells), [], []
     done = {cell.name: cell.lines for cell in cells}
-    bar = tqdm(total=sum(c.total for c in cells), initial=sum(done.values()), unit="record", disable=quiet, dynamic_ncols=True)
+    bar = tqdm(
+        total=sum(c.total for c in cells), initial=sum(done.values()), unit="record", disable=quiet, dynamic_ncols=True
+    )
     try:
         while waiting or running:
             while waiting and len(running) < jobs:

@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from baft_intervention.data import load_requests
 from baft_intervention.errors import BaftError
 from baft_intervention.evaluation.edited import EditedModel
-from baft_intervention.evaluation.metrics import kl_divergence
 from baft_intervention.evaluation.methods import load_method
+from baft_intervention.evaluation.metrics import kl_divergence
 from baft_intervention.evaluation.plan import Query
 from baft_intervention.evaluation.scoring import QueryScore, Scorer
 from baft_intervention.models import load_model

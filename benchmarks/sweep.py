@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from baft_intervention.data import load_requests
 from baft_intervention.errors import BaftError
 from baft_intervention.evaluation.judge import judge
-from baft_intervention.evaluation.metrics import mean
 from baft_intervention.evaluation.methods import make_method
+from baft_intervention.evaluation.metrics import mean
 from baft_intervention.evaluation.priors import PriorStore, default_cache_folder
 from baft_intervention.evaluation.scoring import Scorer
 from baft_intervention.models import load_model
@@ -47,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", required=True)
     parser.add_argument("--grid", action="append", default=[], metavar="NAME=V,V")
-    parser.add_argument("--parts", default="zsre,counterfact,wiki_counterfact,wiki_recent", help=f"of {', '.join(PARTS)}")
+    parser.add_argument(
+        "--parts", default="zsre,counterfact,wiki_counterfact,wiki_recent", help=f"of {', '.join(PARTS)}"
+    )
     parser.add_argument("--n", type=int, default=10, help="records a part; default: 10")
     parser.add_argument("--seed", type=int, default=1, help="of the draw of records")
     parser.add_argument("--model", default="smollm2-135m")
@@ -88,7 +90,9 @@ def load_part(args: argparse.Namespace, name: str) -> Any:
     ).requests
 
 
-def try_settings(method: str, settings: dict[str, Any], scorer: Scorer, parts: dict[str, Any]) -> dict[str, float | None]:
+def try_settings(
+    method: str, settings: dict[str, Any], scorer: Scorer, parts: dict[str, Any]
+) -> dict[str, float | None]:
     """Means over parts of the means over records, steps and seconds an edit."""
     edited = make_method(method, settings).attach(scorer.model, scorer.tokenizer)
     found: dict[str, list[float | None]] = {name: [] for name in (*SHOWN, "steps", "seconds")}

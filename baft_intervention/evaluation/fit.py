@@ -102,11 +102,17 @@ def training_batches(
     for chunk in chunks:
         inputs = [p if prompt_last else p + t[:-1] for p, t in chunk]
         ids, mask = pad_rows(inputs, pad_token_id(tokenizer))
-        at = [(b, len(p) - 1 + (0 if prompt_last else j), t[j], len(t)) for b, (p, t) in enumerate(chunk) for j in range(len(t))]
+        at = [
+            (b, len(p) - 1 + (0 if prompt_last else j), t[j], len(t))
+            for b, (p, t) in enumerate(chunk)
+            for j in range(len(t))
+        ]
         rows, columns, targets, sizes = (torch.tensor(x, device=device) for x in zip(*at, strict=True))
         lengths = [len(p) for p, _ in chunk]
         batches.append(
-            TrainingBatch(ids.to(device), mask.to(device), lengths, rows, columns, targets, 1.0 / (sizes * len(requests)))
+            TrainingBatch(
+                ids.to(device), mask.to(device), lengths, rows, columns, targets, 1.0 / (sizes * len(requests))
+            )
         )
     return batches
 
@@ -163,7 +169,9 @@ def fit(
                 if not last and not (len(batches) == 1 and part.item() < settings.loss_target):
                     part.backward()
             if not math.isfinite(loss):
-                raise EditError(f"the loss is {loss} after {steps} steps; lower the learning rate ({settings.learning_rate:g})")
+                raise EditError(
+                    f"the loss is {loss} after {steps} steps; lower the learning rate ({settings.learning_rate:g})"
+                )
             if loss < settings.loss_target or last:
                 break
             if penalty:

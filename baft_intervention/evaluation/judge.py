@@ -82,10 +82,19 @@ def _collect(values: dict[str, list[float | None]], question: Question, name: st
         values[name].append(value)
         return
     base = ACCURACY.get(question.kind) or STILL[question.kind]
-    for short, long in (("accuracy", base), ("accuracy_easyedit", base + "_easyedit"), ("exact", base + "_exact"), ("kl", base + "_kl")):
+    for short, long in (
+        ("accuracy", base),
+        ("accuracy_easyedit", base + "_easyedit"),
+        ("exact", base + "_exact"),
+        ("kl", base + "_kl"),
+    ):
         if name == short:
             values[long].append(value)
-            if question.kind in ("portability", "locality", "unrelated") and question.group and name in ("accuracy", "kl"):
+            if (
+                question.kind in ("portability", "locality", "unrelated")
+                and question.group
+                and name in ("accuracy", "kl")
+            ):
                 values[f"{long}/{question.group}"].append(value)
             return
     if question.kind in SUCCESS or name == "convsent":

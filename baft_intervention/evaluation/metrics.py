@@ -158,7 +158,9 @@ def begins_with_answer(generated: str, answers: Sequence[str]) -> float | None:
 
 def answer_f1(generated: str, answers: Sequence[str]) -> float | None:
     """Highest F1 of word overlap (bags of normalised words) with any of the answers, as SQuAD's."""
-    return max(_f1(normalise_answer(generated).split(), normalise_answer(a).split()) for a in answers) if answers else None
+    return (
+        max(_f1(normalise_answer(generated).split(), normalise_answer(a).split()) for a in answers) if answers else None
+    )
 
 
 def _f1(words: list[str], wanted: list[str]) -> float:

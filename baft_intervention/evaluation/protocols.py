@@ -192,7 +192,9 @@ def _whole_groups(stages: Sequence[Stage], lines: int) -> int:
 
 
 class _Run:
-    def __init__(self, scorer: Scorer, method: Method, requests: Sequence[EditRequest], plan: Plan, folder: Path) -> None:
+    def __init__(
+        self, scorer: Scorer, method: Method, requests: Sequence[EditRequest], plan: Plan, folder: Path
+    ) -> None:
         self.scorer, self.method, self.requests, self.plan, self.folder = scorer, method, requests, plan, folder
         self.outcome: dict[int, dict[str, Any]] = {}
 
@@ -249,7 +251,7 @@ class _Run:
                 outcome |= {"trained_parameters": 0, "adapter_bytes": edited.cost.adapter_bytes}
             seconds = time.perf_counter() - begin
             self._time(edit_seconds=seconds, edits=len(batch), again=again)
-            self.outcome |= {i: outcome for i in batch}
+            self.outcome |= dict.fromkeys(batch, outcome)
 
     def _ask(self, edited: EditedModel, stage: Stage, group: Sequence[int]) -> list[dict[str, Any]]:
         requests = [self.requests[i] for i in group]
@@ -271,11 +273,21 @@ class _Run:
         return lines
 
     def _line(self, stage: Stage, i: int, metrics: Any, probes: Any, texts: Any, error: str | None) -> dict[str, Any]:
-        line = {"index": i, "id": self.requests[i].id, "checkpoint": stage.checkpoint, "metrics": metrics, "probes": probes}
+        line = {
+            "index": i,
+            "id": self.requests[i].id,
+            "checkpoint": stage.checkpoint,
+            "metrics": metrics,
+            "probes": probes,
+        }
         return line | {"generated": texts} | self.outcome[i] | {"error": error}
 
     def _generate(
-        self, edited: EditedModel, plans: Sequence[RecordPlan], scores: Sequence[Sequence[QueryScore]], group: Sequence[int]
+        self,
+        edited: EditedModel,
+        plans: Sequence[RecordPlan],
+        scores: Sequence[Sequence[QueryScore]],
+        group: Sequence[int],
     ) -> tuple[dict[tuple[int, str], str], dict[int, str]]:
         """Answers by (place in the group, prompt), and sampled texts by place; all in one batch."""
         settings = self.plan.generation

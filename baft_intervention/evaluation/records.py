@@ -43,7 +43,9 @@ class RecordFile:
             name = identify(record)
             if number >= len(expected) or name != expected[number]:
                 wanted = expected[number] if number < len(expected) else "the end"
-                raise DataError(f"{self.path}:{number + 1}: record {name} where {wanted} was expected; give another --out")
+                raise DataError(
+                    f"{self.path}:{number + 1}: record {name} where {wanted} was expected; give another --out"
+                )
             self._ends.append(self._ends[-1] + len(line) + 1)
         self._file = open(self.path, "ab")  # noqa: SIM115
         self.truncate(len(self))
@@ -78,7 +80,9 @@ class RecordFile:
 
 def dump_line(record: Mapping[str, Any]) -> bytes:
     """One line: sorted keys, numbers with eight significant digits."""
-    return (json.dumps(_rounded(record), sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "surrogatepass")
+    return (json.dumps(_rounded(record), sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode(
+        "utf-8", "surrogatepass"
+    )
 
 
 def _rounded(value: Any) -> Any:

@@ -82,8 +82,8 @@ FAMILIES = (
     ),
     Family(
         "Text quality",
-        "Fluency: n-gram entropy (bits) of a sampled continuation; higher is more varied, compare within a task only. Perplexity of "
-        "the target after the edit's prompt, geometric mean over records.",
+        "Fluency: n-gram entropy (bits) of a sampled continuation; higher is more varied, compare within a task only. Perplexity "
+        "of the target after the edit's prompt, geometric mean over records.",
         {"fluency": "fluency", "perplexity": "perplexity"},
         percent=False,
     ),
@@ -102,7 +102,18 @@ _COSTS = {
     "score_seconds_per_record": "s scoring", "generate_seconds_per_record": "s generating",
     "trained_parameters": "trained parameters", "adapter_bytes": "adapter bytes", "peak_memory_mib": "peak MiB",
 }  # fmt: skip
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999", "#7b3294", "#a6611a")
+_COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#56b4e9",
+    "#e69f00",
+    "#000000",
+    "#999999",
+    "#7b3294",
+    "#a6611a",
+)
 _MARKERS = "osD^vPX*<>"
 
 
@@ -118,7 +129,9 @@ def read_summaries(folder: str | Path) -> list[dict[str, Any]]:
             data = json.loads(path.read_text(encoding="utf-8"))
             _ = data["method"], data["task"], data["protocol"], data["metrics"], data["costs"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} is no summary of an evaluation: {error!r}; delete it or run that cell again") from None
+            raise DataError(
+                f"{path} is no summary of an evaluation: {error!r}; delete it or run that cell again"
+            ) from None
         found.append(data)
     if not found:
         raise DataError(f"no summary.json below {folder}; run benchmarks/run.py --out {folder} first")
@@ -164,7 +177,9 @@ def markdown(summaries: Sequence[Summary], *, command: str = "", note: str = "",
         columns = [c for c in family.columns if any(_metric(s, c) for s in summaries)]
         if columns:
             lines += [f"## {family.title}", "", family.about, ""]
-            lines += _table([family.columns[c] for c in columns], summaries, lambda s, f=family, c=columns: _cells(s, f, c))
+            lines += _table(
+                [family.columns[c] for c in columns], summaries, lambda s, f=family, c=columns: _cells(s, f, c)
+            )
     lines += _groups(summaries)
     lines += _by_checkpoint(summaries)
     lines += ["## Cost", "", "Training and evaluation apart; the machine is named above. Means over records.", ""]
@@ -178,7 +193,10 @@ def markdown(summaries: Sequence[Summary], *, command: str = "", note: str = "",
 
 
 def _made_of(summaries: Sequence[Summary]) -> list[str]:
-    lines = ["| task | data | sha256 | records | protocol | model | fingerprint | seed |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| task | data | sha256 | records | protocol | model | fingerprint | seed |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     rows = []
     for s in summaries:
         run = s.get("run", {})
@@ -186,13 +204,16 @@ def _made_of(summaries: Sequence[Summary]) -> list[str]:
             f"| {s['task']} | {run.get('data', '')} | `{str(run.get('data_sha256', ''))[:12]}` | {s['n']} | {s['protocol']} "
             f"| {s.get('model', '')} | `{str(run.get('fingerprint', ''))[:12]}` | {s.get('seed', '')} |"
         )
-    lines += list(dict.fromkeys(rows)) + [""]
+    lines += [*dict.fromkeys(rows), ""]
     machines = {json.dumps(s.get("machine", {}), sort_keys=True) for s in summaries}
     for text in sorted(machines):
         m = json.loads(text)
         if m:
             gpu = f", {m['gpu']}" if m.get("gpu") else ""
-            lines += [f"Machine: {m.get('processor')}, {m.get('cores')} cores, {m.get('threads')} thread(s) a run{gpu}.", ""]
+            lines += [
+                f"Machine: {m.get('processor')}, {m.get('cores')} cores, {m.get('threads')} thread(s) a run{gpu}.",
+                "",
+            ]
     versions = {json.dumps(s.get("run", {}).get("versions", {}), sort_keys=True) for s in summaries}
     for text in sorted(versions):
         lines += ["Versions: " + ", ".join(f"{k} {v}" for k, v in json.loads(text).items()) + ".", ""]
@@ -230,15 +251,27 @@ def _groups(summaries: Sequence[Summary]) -> list[str]:
     several = [m for m in names if len([x for x in names if x.split("/")[0] == m.split("/")[0]]) > 1]
     if not several:
         return []
-    family = Family("By group", "The data sets' own groups of probes; token accuracy and token match.", {m: m for m in several})
-    return [f"## {family.title}", "", family.about, "", *_table(several, summaries, lambda s: _cells(s, family, several))]
+    family = Family(
+        "By group", "The data sets' own groups of probes; token accuracy and token match.", {m: m for m in several}
+    )
+    return [
+        f"## {family.title}",
+        "",
+        family.about,
+        "",
+        *_table(several, summaries, lambda s: _cells(s, family, several)),
+    ]
 
 
 def _by_checkpoint(summaries: Sequence[Summary]) -> list[str]:
     rows = [(s, t, table) for s in summaries for t, table in s.get("checkpoints", {}).items()]
     if not rows:
         return []
-    names = [c for c in ("reliability", "generality", "locality", "unrelated", "portability") if any(c in t for _, _, t in rows)]
+    names = [
+        c
+        for c in ("reliability", "generality", "locality", "unrelated", "portability")
+        if any(c in t for _, _, t in rows)
+    ]
     lines = ["## Along a sequence of edits", "", "All `T` records asked after `T` edits.", ""]
     lines += ["| task | method | T | " + " | ".join(names) + " |", "|---|---|---:|" + "---:|" * len(names)]
     for s, t, table in rows:
@@ -305,7 +338,11 @@ def draw_plane(summaries: Sequence[Summary], path: str | Path) -> None:
     for column, key in enumerate(keys):
         cells = [s for s in summaries if (s["task"], s["protocol"]) == key]
         vertical = next(
-            (y for y in ("generality", "portability/Subject_Aliasing", "reliability") if any(_metric(s, y) for s in cells)),
+            (
+                y
+                for y in ("generality", "portability/Subject_Aliasing", "reliability")
+                if any(_metric(s, y) for s in cells)
+            ),
             "reliability",
         )
         for row, horizontal in enumerate(below):
@@ -319,7 +356,9 @@ def draw_plane(summaries: Sequence[Summary], path: str | Path) -> None:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     labels = [m for m in methods if m in handles]
-    figure.legend([handles[m] for m in labels], labels, loc="outside lower center", ncols=min(len(labels), 6) or 1, fontsize=9)
+    figure.legend(
+        [handles[m] for m in labels], labels, loc="outside lower center", ncols=min(len(labels), 6) or 1, fontsize=9
+    )
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
@@ -337,7 +376,10 @@ def _draw_panel(axis: Any, cells: Sequence[Summary], methods: Sequence[str], hor
         axis.text(50, 50, "no such probes", ha="center", va="center", fontsize=8, color="#777777")
     axis.set(xlim=(-4, 104), ylim=(-4, 104))
     near = "locality, near the edit (%)" if horizontal == "locality" else "locality, unrelated text (%)"
-    names = {"portability/Subject_Aliasing": "the subject's other names (%)", "reliability": "reliability (%)\n(no rephrases)"}
+    names = {
+        "portability/Subject_Aliasing": "the subject's other names (%)",
+        "reliability": "reliability (%)\n(no rephrases)",
+    }
     axis.set_xlabel(near, fontsize=8)
     axis.set_ylabel(names.get(vertical, "generality (%)"), fontsize=8)
     axis.tick_params(labelsize=8)

@@ -30,11 +30,17 @@ _FILES = ("records.jsonl", "timings.jsonl", "run.json", "summary.json", "lock")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``baft evaluate``."""
     what = parser.add_argument_group("what is evaluated")
-    what.add_argument("--task", help="benchmark or format (zsre, counterfact, wikibio, ...); recognised by the data if left out")
+    what.add_argument(
+        "--task", help="benchmark or format (zsre, counterfact, wikibio, ...); recognised by the data if left out"
+    )
     what.add_argument("--data", required=True, metavar="PATH", help="its file, or a hub id")
     what.add_argument("--method", required=True, metavar="M", help="a method's name, or a YAML file with its settings")
-    what.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting of the method; repeatable")
-    what.add_argument("--model", default="smollm2-135m", help="smollm2-135m, a folder, or a hub id; default: smollm2-135m")
+    what.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting of the method; repeatable"
+    )
+    what.add_argument(
+        "--model", default="smollm2-135m", help="smollm2-135m, a folder, or a hub id; default: smollm2-135m"
+    )
     what.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
     how = parser.add_argument_group("how")
     how.add_argument(
@@ -42,26 +48,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="single, batched, sequential_immediate or sequential_final; default: single",
     )  # fmt: skip
     how.add_argument("--limit", type=_positive, metavar="N", help="only the first N records")
-    how.add_argument("--seed", type=int, default=0, metavar="N", help="of the method, the data's choices and sampled texts")
-    how.add_argument("--batch-size", type=_positive, default=10, metavar="B", help="edits at once, for batched; default: 10")
     how.add_argument(
-        "--checkpoints", type=_numbers, default=(1, 10, 100, 1000), metavar="T,T", help="for sequential_final; default: 1,10,100,1000"
+        "--seed", type=int, default=0, metavar="N", help="of the method, the data's choices and sampled texts"
+    )
+    how.add_argument(
+        "--batch-size", type=_positive, default=10, metavar="B", help="edits at once, for batched; default: 10"
+    )
+    how.add_argument(
+        "--checkpoints",
+        type=_numbers,
+        default=(1, 10, 100, 1000),
+        metavar="T,T",
+        help="for sequential_final; default: 1,10,100,1000",
     )
     how.add_argument("--skip-bad", action="store_true", help="leave malformed records out and count them")
-    how.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the data's format; repeatable")
+    how.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the data's format; repeatable"
+    )
     how.add_argument("--unrelated", metavar="PATH", help="file of unrelated questions, a further probe group")
     how.add_argument("--unrelated-per-record", type=_positive, default=2, metavar="N", help="default: 2")
-    how.add_argument("--replies", type=_count, default=4, metavar="N", help="ConvSent: replies scored a side, 0 for all; default: 4")
+    how.add_argument(
+        "--replies", type=_count, default=4, metavar="N", help="ConvSent: replies scored a side, 0 for all; default: 4"
+    )
     text = parser.add_argument_group("generated text")
     text.add_argument("--no-answers", action="store_true", help="generate no answers (no generation_em)")
-    text.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="longest generated answer; default: 64")
-    text.add_argument("--fluency-tokens", type=_count, default=32, metavar="N", help="sampled text for fluency; 0 for none; default: 32")
-    text.add_argument("--fluency-every", type=_positive, default=1, metavar="N", help="on every N-th record only; default: 1")
+    text.add_argument(
+        "--max-new-tokens", type=_positive, default=64, metavar="N", help="longest generated answer; default: 64"
+    )
+    text.add_argument(
+        "--fluency-tokens",
+        type=_count,
+        default=32,
+        metavar="N",
+        help="sampled text for fluency; 0 for none; default: 32",
+    )
+    text.add_argument(
+        "--fluency-every", type=_positive, default=1, metavar="N", help="on every N-th record only; default: 1"
+    )
     where = parser.add_argument_group("where")
     where.add_argument("--device", help="cpu (the default), cuda, cuda:1, ... or auto")
-    where.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="of the model; default: as saved")
+    where.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="of the model; default: as saved"
+    )
     where.add_argument("--threads", type=_positive, metavar="N", help="processor threads")
-    where.add_argument("--cache", metavar="DIR", help="folder of the unedited model's answers; none for no folder; default: the user's cache")
+    where.add_argument(
+        "--cache",
+        metavar="DIR",
+        help="folder of the unedited model's answers; none for no folder; default: the user's cache",
+    )
     where.add_argument("--fresh", action="store_true", help="throw away what --out holds of an earlier run")
     where.add_argument("--json", action="store_true", help="the summary as JSON on stdout")
     where.add_argument("--quiet", action="store_true", help="no progress bar and no notes")
@@ -84,7 +118,9 @@ def main(args: argparse.Namespace) -> int:
     title = f"{summary['method']} on {summary['task']}, {summary['protocol']}, n = {summary['n']}"
     out.table(["metric", "mean", "95 % interval", "n"], rows, title=title)
     seconds = _number(summary["seconds_per_edit"])
-    out.say(f"{seconds} s an edit, {summary['trained_parameters']} trained parameters, {summary['failed']} failed edits")
+    out.say(
+        f"{seconds} s an edit, {summary['trained_parameters']} trained parameters, {summary['failed']} failed edits"
+    )
     out.say(f"results in {args.out}")
     return 0
 
@@ -153,9 +189,7 @@ def _run(args, method, requests, plan, run, folder, progress) -> dict[str, Any]:
     _same_run(folder / "run.json", run)
     _write(folder / "run.json", run)
     cache = None if args.cache == "none" else Path(args.cache) if args.cache else default_cache_folder()
-    scorer = Scorer(
-        model, tokenizer, cache=PriorStore(cache), replies=args.replies, fingerprint=run["fingerprint"]
-    )
+    scorer = Scorer(model, tokenizer, cache=PriorStore(cache), replies=args.replies, fingerprint=run["fingerprint"])
     run_protocol(scorer, method, requests, plan, folder, progress=progress)
     with open(folder / "timings.jsonl", "ab") as file:
         file.write(dump_line({"peak_memory_mib": peak_memory_mib()}))
@@ -258,7 +292,9 @@ def _assignments(texts: Sequence[str], flag: str) -> dict[str, Any]:
         if not equals or not name.isidentifier():
             raise ConfigError(f"{flag} {text!r} must be NAME=VALUE")
         try:
-            found[name] = float(value) if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value) else yaml.safe_load(value)
+            found[name] = (
+                float(value) if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value) else yaml.safe_load(value)
+            )
         except yaml.YAMLError:  # YAML reads 5e-4 as text, hence the number above
             found[name] = value
     return found
@@ -297,7 +333,9 @@ def command(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from ..console import set_up_logging
 
-    parser = argparse.ArgumentParser(prog="baft evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="baft evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_arguments(parser)
     args = parser.parse_args(argv)
     set_up_logging(quiet=args.quiet, debug=False)

@@ -25,7 +25,9 @@ from .records import read_lines
 SHORT = ("reliability", "generality", "locality", "unrelated", "portability", "generation_em", "fluency")
 
 
-def make_summary(run: Mapping[str, Any], folder: str | Path, *, machine: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def make_summary(
+    run: Mapping[str, Any], folder: str | Path, *, machine: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The summary of a finished run.
 
     Args:

@@ -35,7 +35,9 @@ def make_requests(count: int = 3) -> list[EditRequest]:
             Probe("What language does she speak?", "unrelated", ("French",), (), "nq"),
             Probe("The name of", "unrelated", (), (), "nq"),
         )
-        requests.append(EditRequest(prompt + tail, target, subject=subject, target_true=true, probes=probes, id=f"r{i}"))
+        requests.append(
+            EditRequest(prompt + tail, target, subject=subject, target_true=true, probes=probes, id=f"r{i}")
+        )
     return requests
 
 

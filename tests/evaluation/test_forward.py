@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny import EOS, tiny_model, tiny_tokenizer
 
 from baft_intervention.evaluation.forward import (
     LogitReader,
@@ -13,6 +12,7 @@ from baft_intervention.evaluation.forward import (
 )
 from baft_intervention.models import find_blocks
 from baft_intervention.tokenization import pad_rows
+from tiny import EOS, tiny_model, tiny_tokenizer
 
 ROWS = [[5, 9, 20, 31, 40], [7, 8], [60, 61, 62]]
 

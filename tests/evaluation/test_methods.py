@@ -5,9 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from edits import BANK
-from evaluation.helpers import make_requests
-from tiny import tiny_model, tiny_tokenizer
 
 from baft_intervention.errors import ConfigError, EditError
 from baft_intervention.evaluation.edited import EditedModel
@@ -19,6 +16,9 @@ from baft_intervention.evaluation.methods.weights import down_projection
 from baft_intervention.evaluation.scoring import Scorer
 from baft_intervention.models import find_blocks, hidden_size, model_fingerprint
 from baft_intervention.requests import EditRequest
+from edits import BANK
+from evaluation.helpers import make_requests
+from tiny import tiny_model, tiny_tokenizer
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "methods"
 # settings under which a random model with d = 32 takes an edit in few steps
@@ -27,8 +27,8 @@ TRY = {
     "icl": {},
     "ft-m": {"layer": 2, "learning_rate": 5e-2, "steps": 60},
     "ft-l": {"layer": 2, "learning_rate": 5e-2, "steps": 60, "norm_constraint": 0.0},
-    "lora": {"learning_rate": 5e-2, "steps": 60, "rank": 4},
-    "adalora": {"learning_rate": 5e-2, "steps": 30, "rank": 4, "initial_rank": 6},
+    "lora": {"first_layer": 0.5, "learning_rate": 5e-2, "steps": 60, "rank": 4},
+    "adalora": {"first_layer": 0.5, "learning_rate": 5e-2, "steps": 30, "rank": 4, "initial_rank": 6},
     "loreft": {"layer": 2, "learning_rate": 5e-2, "rank": 4},
     "direft": {"layer": 2, "learning_rate": 5e-2, "rank": 4},
     "baft": {"config": {"rank": 4, "layers": [2], "learning_rate": 5e-2, "weighting": "constant"}},
@@ -393,7 +393,8 @@ def test_wrong_settings_are_told(name, settings, message, tiny_llama, tokenizer)
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("a: [", "cannot be read"), ("settings: {}", "needs 'method: NAME'"), ("method: lora\nx: 1", "unknown field 'x'")]
+    ("text", "message"),
+    [("a: [", "cannot be read"), ("settings: {}", "needs 'method: NAME'"), ("method: lora\nx: 1", "unknown field 'x'")],
 )
 def test_wrong_method_files_are_told(tmp_path, text, message):
     path = tmp_path / "m.yaml"
@@ -407,7 +408,9 @@ def test_metrics_of_an_edit_from_end_to_end(tokenizer):
     scorer = Scorer(model, tokenizer)
     scorer.prepare(requests)
     edited = make_method("ft-m", TRY["ft-m"]).edit(model, tokenizer, requests)
-    metrics, probes = judge(scorer.plan(requests[0]), scorer.score(edited, requests)[0], {"The capital of Japan is": " Osaka."}, "a b c d")
+    metrics, probes = judge(
+        scorer.plan(requests[0]), scorer.score(edited, requests)[0], {"The capital of Japan is": " Osaka."}, "a b c d"
+    )
     assert metrics["reliability"] == 1.0
     assert metrics["efficacy"] == 1.0
     assert metrics["generation_em"] == 1.0

@@ -124,7 +124,9 @@ def test_convsent_by_hand():
     # means: desired after -1, opposite after -2, desired before -0.5
     expected = 1 / (1 + math.exp(-1.0)) * math.exp(-0.5)
     assert m.convsent_score([-0.5, -1.5], [-2.0], [-0.5]) == pytest.approx(expected)
-    assert m.convsent_score([-0.5], [-2.0], [-1.0]) == pytest.approx(1 / (1 + math.exp(-1.5)))  # topic term is at most 1
+    assert m.convsent_score([-0.5], [-2.0], [-1.0]) == pytest.approx(
+        1 / (1 + math.exp(-1.5))
+    )  # topic term is at most 1
     assert m.convsent_score([], [-2.0], [-1.0]) is None
     assert 0 <= m.convsent_score([-2000.0], [-1.0], [-1.0]) < 1e-6
 

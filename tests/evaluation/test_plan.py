@@ -3,12 +3,12 @@
 import itertools
 
 import pytest
-from evaluation.helpers import make_requests
-from tiny import tiny_tokenizer
 
 from baft_intervention.errors import RequestError
 from baft_intervention.evaluation.plan import Query, Row, make_query, make_rows, pack, plan_request, spaced
 from baft_intervention.requests import EditRequest, Probe
+from evaluation.helpers import make_requests
+from tiny import tiny_tokenizer
 
 
 def query(prompt, target, divergence=False):
@@ -22,7 +22,9 @@ def test_one_token_answers_of_a_prompt_share_a_row():
 
 
 def test_a_longer_answer_serves_a_shorter_one_of_the_same_prompt():
-    rows, place = make_rows([query([1, 2], [5]), query([1, 2], [7, 8, 9]), query([1, 2], [7, 3]), query([1, 2], [4, 4])])
+    rows, place = make_rows(
+        [query([1, 2], [5]), query([1, 2], [7, 8, 9]), query([1, 2], [7, 3]), query([1, 2], [4, 4])]
+    )
     assert [r.ids for r in rows] == [(1, 2, 7, 8), (1, 2, 4)]
     assert place == [0, 0, 0, 1]
     assert rows[0].width == 3
@@ -84,7 +86,9 @@ def test_plan_counts_lone_space_tokens():
 def test_reply_groups_score_several_answers():
     replies = tuple(f"reply {i}" for i in range(10))
     probe = Probe("What?", "rephrase", replies, replies[:6], "sentiment")
-    plan = plan_request(EditRequest("Who?", "reply 0", probes=(probe,), target_true=("x",)), tiny_tokenizer(), replies=4)
+    plan = plan_request(
+        EditRequest("Who?", "reply 0", probes=(probe,), target_true=("x",)), tiny_tokenizer(), replies=4
+    )
     assert len(plan.questions[1].wanted) == 4
     assert len(plan.questions[1].against) == 4
     assert plan.questions[0].against == ()  # ConvSent's old answers are replies, not a fact's other value

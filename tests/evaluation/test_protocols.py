@@ -4,8 +4,6 @@ import json
 import random
 
 import pytest
-from evaluation.helpers import make_requests
-from tiny import tiny_model, tiny_tokenizer
 
 from baft_intervention.errors import ConfigError, DataError, EditError
 from baft_intervention.evaluation import protocols
@@ -16,6 +14,8 @@ from baft_intervention.evaluation.records import RecordFile, dump_line, read_lin
 from baft_intervention.evaluation.scoring import Scorer
 from baft_intervention.models import model_fingerprint
 from baft_intervention.requests import EditRequest
+from evaluation.helpers import make_requests
+from tiny import tiny_model, tiny_tokenizer
 
 FAST = {"layer": 2, "learning_rate": 2e-2, "steps": 3}
 SHORT = Generation(fluency_tokens=6, margin=2)
@@ -96,12 +96,19 @@ def test_sequential_final_asks_at_checkpoints_in_one_pass(tmp_path, monkeypatch)
     log = watch(tmp_path, Plan("sequential_final", checkpoints=(1, 3, 100)), make_requests(4), monkeypatch)
     assert log == ["+r0", "?r0", "+r1", "+r2", "?r0,r1,r2", "+r3", "?r0,r1,r2,r3", "restore"]
     lines = list(read_lines(tmp_path / "records.jsonl"))
-    assert [(r["checkpoint"], r["index"]) for r in lines] == [(1, 0), *((3, i) for i in range(3)), *((4, i) for i in range(4))]
+    assert [(r["checkpoint"], r["index"]) for r in lines] == [
+        (1, 0),
+        *((3, i) for i in range(3)),
+        *((4, i) for i in range(4)),
+    ]
 
 
 def test_requests_of_one_case_are_applied_together(tmp_path, monkeypatch):
     plain = make_requests(5)
-    requests = [EditRequest(r.prompt, r.target_new, id=r.id, case_id=c) for r, c in zip(plain, ("a", "a", "", "b", "b"), strict=True)]
+    requests = [
+        EditRequest(r.prompt, r.target_new, id=r.id, case_id=c)
+        for r, c in zip(plain, ("a", "a", "", "b", "b"), strict=True)
+    ]
     assert cases_of(requests) == [(0, 1), (2,), (3, 4)]
     log = watch(tmp_path, Plan("single"), requests, monkeypatch)
     assert [x for x in log if x[0] in "+?"] == ["+r0,r1", "?r0,r1", "+r2", "?r2", "+r3,r4", "?r3,r4"]
@@ -132,7 +139,9 @@ def test_a_model_that_cannot_be_scored_is_recorded(tmp_path, monkeypatch):
 def test_records_hold_metrics_probes_texts_and_costs(tmp_path):
     run(tmp_path, Plan(generation=SHORT), make_requests(2))
     first, second = read_lines(tmp_path / "records.jsonl")
-    assert {"reliability", "generality", "locality", "unrelated", "portability", "generation_em", "fluency"} <= set(first["metrics"])
+    assert {"reliability", "generality", "locality", "unrelated", "portability", "generation_em", "fluency"} <= set(
+        first["metrics"]
+    )
     assert len(first["probes"]) == 8
     assert set(first["generated"]) == {"The capital of Japan is", "So: The capital of Japan is"}
     assert (first["id"], first["index"], first["checkpoint"], first["error"]) == ("r0", 0, None, None)
@@ -238,14 +247,21 @@ def test_a_torn_line_in_the_middle_is_done_again_from_there(tmp_path):
 
 
 def test_lines_are_rounded_and_sorted():
-    assert dump_line({"b": 1 / 3, "a": [1.0, None], "c": {"x": 1e-12 / 3}}) == b'{"a": [1.0, null], "b": 0.33333333, "c": {"x": 3.3333333e-13}}\n'
+    assert (
+        dump_line({"b": 1 / 3, "a": [1.0, None], "c": {"x": 1e-12 / 3}})
+        == b'{"a": [1.0, null], "b": 0.33333333, "c": {"x": 3.3333333e-13}}\n'
+    )
     with pytest.raises(ValueError):
         dump_line({"a": float("nan")})
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"protocol": "serial"}, "must be one of single"), ({"batch_size": 0}, "at least 1"), ({"checkpoints": (0,)}, "at least 1")],
+    [
+        ({"protocol": "serial"}, "must be one of single"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"checkpoints": (0,)}, "at least 1"),
+    ],
 )
 def test_wrong_plans_are_told(settings, message):
     with pytest.raises(ConfigError, match=message):
@@ -261,7 +277,10 @@ def test_multi_hop_is_asked_where_the_case_is_complete(tmp_path):
     from baft_intervention.requests import Probe
 
     hop = Probe("The name of the city is", "portability", ("Rome", "city"), group="multi_hop")
-    requests = [EditRequest("He works as", "Leo", id="1", case_id="a"), EditRequest("He was", "Leo", id="2", case_id="a", probes=(hop,))]
+    requests = [
+        EditRequest("He works as", "Leo", id="1", case_id="a"),
+        EditRequest("He was", "Leo", id="2", case_id="a", probes=(hop,)),
+    ]
     run(tmp_path, Plan(generation=SHORT), requests)
     lines = list(read_lines(tmp_path / "records.jsonl"))
     assert "multi_hop" not in lines[0]["metrics"]

@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from evaluation.helpers import log_probs_of, make_requests, nudge, slow_query
-from tiny import tiny_model, tiny_tokenizer
 
 from baft_intervention.errors import EditError
 from baft_intervention.evaluation.edited import EditedModel
@@ -13,6 +11,8 @@ from baft_intervention.evaluation.methods import make_method
 from baft_intervention.evaluation.priors import PriorStore
 from baft_intervention.evaluation.scoring import Scorer
 from baft_intervention.requests import EditRequest, Probe
+from evaluation.helpers import log_probs_of, make_requests, nudge, slow_query
+from tiny import tiny_model, tiny_tokenizer
 
 
 def assert_scores_are_slow_ones(scorer, edited, requests, before, after):
@@ -149,7 +149,10 @@ def test_answers_are_computed_once_and_found_again(tiny_llama, tokenizer, tmp_pa
     fresh = Scorer(tiny_llama, tokenizer)
     fresh.prepare(requests)
     for request in requests:
-        kept, made = scorer.prior(request, blocks=scorer.resume_blocks), fresh.prior(request, blocks=fresh.resume_blocks)
+        kept, made = (
+            scorer.prior(request, blocks=scorer.resume_blocks),
+            fresh.prior(request, blocks=fresh.resume_blocks),
+        )
         assert kept.predicted == made.predicted
         assert [pytest.approx(row) for row in made.log_probs] == kept.log_probs
         assert torch.equal(kept.states, made.states)
@@ -237,15 +240,22 @@ def test_token_accuracy_locality_and_portability_are_easyedits(tokenizer):
     metrics, _ = judge(scorer.plan(request), scorer.score(edited, [request])[0])
 
     accuracy = {p.prompt: easyedit_accuracy(model, tokenizer, p.prompt, p.answers[0]) for p in request.probes}
-    assert metrics["reliability_easyedit"] == pytest.approx(easyedit_accuracy(model, tokenizer, request.prompt, "Osaka"))
+    assert metrics["reliability_easyedit"] == pytest.approx(
+        easyedit_accuracy(model, tokenizer, request.prompt, "Osaka")
+    )
     assert metrics["generality_easyedit"] == pytest.approx(accuracy["Japan: the capital is"])
     # portability: the mean over the group's questions, the first alias of each
     assert metrics["portability_easyedit"] == pytest.approx(
         np.mean([accuracy["The mother tongue of Leo is"], accuracy["He works as"]])
     )
     still = [
-        np.mean(np.equal(easyedit_predictions(plain, tokenizer, p, a)[0], easyedit_predictions(model, tokenizer, p, a)[0]))
-        for p, a in (("The capital of France is", "Paris is a city"), ("The Eiffel Tower is located in", "the city of London"))
+        np.mean(
+            np.equal(easyedit_predictions(plain, tokenizer, p, a)[0], easyedit_predictions(model, tokenizer, p, a)[0])
+        )
+        for p, a in (
+            ("The capital of France is", "Paris is a city"),
+            ("The Eiffel Tower is located in", "the city of London"),
+        )
     ]
     assert metrics["locality_easyedit"] == pytest.approx(np.mean(still))
     assert 0 < metrics["locality_easyedit"] < 1 or 0 < metrics["reliability_easyedit"] < 1  # the case shows something
@@ -255,7 +265,7 @@ def test_token_accuracy_locality_and_portability_are_easyedits(tokenizer):
 
 
 def test_a_lone_space_token_is_a_point_for_easyedit_and_none_here(tokenizer):
-    """" 2006" is Ġ 2 0 0 6: EasyEdit counts five tokens, of which the first asks for nothing."""
+    """ " 2006" is Ġ 2 0 0 6: EasyEdit counts five tokens, of which the first asks for nothing."""
     model = tiny_model()
     request = EditRequest("He was born in", "2006")
     answers, labels = easyedit_predictions(model, tokenizer, request.prompt, "2006")

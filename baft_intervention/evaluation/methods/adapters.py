@@ -32,7 +32,7 @@ class Lora(Method):
     """
 
     rank: int = 8
-    alpha: float = 16.0
+    alpha: int = 16
     target_modules: tuple[str, ...] = ()
     first_layer: float = 0.67
     learning_rate: float = 1e-3
@@ -62,6 +62,7 @@ class AdaLora(Lora):
         orthogonality: weight of the penalty on ``P^T P - I`` and ``Q Q^T - I``.
     """
 
+    learning_rate: float = 5e-3
     initial_rank: int = 12
     orthogonality: float = 0.1
 

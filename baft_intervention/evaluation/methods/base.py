@@ -85,8 +85,10 @@ class Method:
             if name not in fields:
                 near = difflib.get_close_matches(str(name), list(fields), n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ConfigError(f"method {cls.name!r} has no setting {name!r}; its settings: {', '.join(fields)}{hint}")
-        values = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
+                raise ConfigError(
+                    f"method {cls.name!r} has no setting {name!r}; its settings: {', '.join(fields)}{hint}"
+                )
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
         for name, value in values.items():
             default = fields[name].default
             if default is dataclasses.MISSING or default is None or isinstance(value, type(default)):
@@ -96,7 +98,9 @@ class Method:
             if name == "layer" and isinstance(value, (int, float)) and not isinstance(value, bool):
                 continue
             wanted = type(default).__name__
-            raise ConfigError(f"setting {name!r} of method {cls.name!r} is {value!r}; it must be a {wanted}, e.g. {default!r}")
+            raise ConfigError(
+                f"setting {name!r} of method {cls.name!r} is {value!r}; it must be a {wanted}, e.g. {default!r}"
+            )
         return cls(**values)
 
 
@@ -176,7 +180,9 @@ def resolve_layer(model: Any, layer: int | float) -> int:
     else:
         index = int(layer) + depth if layer < 0 else int(layer)
     if not 0 <= index < depth:
-        raise ConfigError(f"layer is {layer!r}; this model has blocks 0 to {depth - 1} (or give a fraction of the depth, 0.8)")
+        raise ConfigError(
+            f"layer is {layer!r}; this model has blocks 0 to {depth - 1} (or give a fraction of the depth, 0.8)"
+        )
     return index
 
 

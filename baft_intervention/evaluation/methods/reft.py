@@ -72,7 +72,9 @@ def make_intervention(name: str, width: int, rank: int, seed: int) -> Any:
         with contextlib.redirect_stdout(io.StringIO()):  # pyvene prints at import
             import pyreft
     except ImportError as error:
-        raise ConfigError(f"methods loreft and direft need pyreft ({error}); pip install --no-deps pyreft==0.1.0 pyvene==0.1.8") from error
+        raise ConfigError(
+            f"methods loreft and direft need pyreft ({error}); pip install --no-deps pyreft==0.1.0 pyvene==0.1.8"
+        ) from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return getattr(pyreft, name)(embed_dim=width, low_rank_dimension=rank, dtype=torch.float32, dropout=0.0)

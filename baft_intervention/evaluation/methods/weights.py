@@ -67,7 +67,8 @@ class FineTuneMasked(FineTune):
 class FineTuneLast(FineTune):
     """FT-L: one MLP down-projection, all target tokens predicted from the last prompt token, L-infinity constraint."""
 
-    norm_constraint: float = 2e-3
+    learning_rate: float = 1e-3
+    norm_constraint: float = 1e-2
     prompt_last = True
 
 
@@ -82,8 +83,11 @@ def down_projection(block: nn.Module, width: int, name: str = "") -> nn.Paramete
         weight = getattr(modules.get(candidate), "weight", None)
         if isinstance(weight, nn.Parameter) and weight.ndim == 2 and width in weight.shape:
             return weight
-    shapes = {n: tuple(m.weight.shape) for n, m in modules.items() if getattr(getattr(m, "weight", None), "ndim", 0) == 2}
-    raise ConfigError(f"module {name or 'of the MLP'!r} not found in {type(block).__name__}; set module to one of {shapes}")
+    weights = {n: getattr(m, "weight", None) for n, m in modules.items()}
+    shapes = {n: tuple(w.shape) for n, w in weights.items() if isinstance(w, nn.Parameter) and w.ndim == 2}
+    raise ConfigError(
+        f"module {name or 'of the MLP'!r} not found in {type(block).__name__}; set module to one of {shapes}"
+    )
 
 
 class _FineTunedModel(EditedModel):
@@ -125,5 +129,3 @@ class _FineTunedModel(EditedModel):
 
     def restore(self) -> None:
         self._set(self.original)
-
-
