@@ -117,7 +117,9 @@ class LogitReader:
             except (AttributeError, TypeError, IndexError, RuntimeError) as error:
                 logger.warning("logits at chosen positions do not work here (%s); full logits are used", error)
                 return False
-            full = self.model(input_ids=ids, attention_mask=mask, **plain, use_cache=False).logits[rows[:n], columns[:n]]
+            full = self.model(input_ids=ids, attention_mask=mask, **plain, use_cache=False).logits[
+                rows[:n], columns[:n]
+            ]
         if few.shape == full.shape and bool((few - full).abs().max() <= _TOLERANCE * full.abs().max().clamp_min(1.0)):
             return True
         logger.warning("logits at chosen positions differ from the full ones; full logits are used")
@@ -141,7 +143,9 @@ class _Stop(Exception):
 
 
 @contextlib.contextmanager
-def recording_block_inputs(model: nn.Module, layers: Sequence[int], *, stop: bool = False) -> Iterator[list[BlockInput]]:
+def recording_block_inputs(
+    model: nn.Module, layers: Sequence[int], *, stop: bool = False
+) -> Iterator[list[BlockInput]]:
     """Within it, each forward pass adds the :class:`BlockInput` of each of the layers to the list.
 
     With ``stop`` the pass ends at the first of them, by an exception that :func:`capture_block_input` catches.
@@ -162,7 +166,9 @@ def recording_block_inputs(model: nn.Module, layers: Sequence[int], *, stop: boo
     def after(_: nn.Module, __: Any, output: Any) -> None:
         as_tuple.append(isinstance(output, tuple))
 
-    handles: list[Any] = [blocks[layer].register_forward_pre_hook(recorder(layer), with_kwargs=True) for layer in layers]
+    handles: list[Any] = [
+        blocks[layer].register_forward_pre_hook(recorder(layer), with_kwargs=True) for layer in layers
+    ]
     handles.append(blocks[0].register_forward_hook(after))
     try:
         yield found
@@ -259,10 +265,14 @@ def decode_tokens(
     ids, mask = (x.to(device) for x in pad_rows(rows, pad_id))
     lengths = torch.tensor([len(r) for r in rows], device=device)
     every = torch.arange(len(rows), device=device)
-    with at_prompt([len(p) for p in prompts]) if at_prompt else contextlib.nullcontext():
+    context = [len(p) for p in prompts]
+    with at_prompt(context) if at_prompt else contextlib.nullcontext():
         logits, _, output = reader(ids, mask, every, lengths - 1, use_cache=True)
     cache = output.past_key_values
+    # transformers 4.45 gives Gemma 2 a cache of the prompt's own length: the whole text is read again at each step there
+    fixed = getattr(cache, "max_cache_len", None) == ids.shape[1]
     zeros = torch.zeros_like(every)
+    positions = torch.arange(ids.shape[1], device=device).expand_as(ids)
     for step in range(max(limits)):
         chosen = _choose(logits, samplers)
         for i, token in enumerate(chosen.tolist()):
@@ -273,6 +283,11 @@ def decode_tokens(
             break
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         places = (lengths + step).unsqueeze(1)
+        if fixed:
+            ids, positions = torch.cat([ids, chosen.unsqueeze(1)], 1), torch.cat([positions, places], 1)
+            with at_prompt(context) if at_prompt else contextlib.nullcontext():
+                logits, _, _ = reader(ids, mask, every, zeros + ids.shape[1] - 1, position_ids=positions)
+            continue
         logits, _, output = reader(
             chosen.unsqueeze(1), mask, every, zeros, use_cache=True, past_key_values=cache, position_ids=places
         )
@@ -286,7 +301,7 @@ def _choose(logits: torch.Tensor, samplers: Sequence[torch.Generator | None]) ->
         if sampler is not None:
             top = logits[i].float().topk(min(TOP_K, logits.shape[-1]))
             draw = torch.multinomial(top.values.softmax(-1).cpu(), 1, generator=sampler)
-            chosen[i] = top.indices[draw.item()]
+            chosen[i] = top.indices[int(draw)]
     return chosen
 
 

@@ -252,7 +252,9 @@ class Scorer:
             )  # fmt: skip
         return scores
 
-    def _joined(self, plans: list[RecordPlan], priors: list[Prior], block: int) -> tuple[list[Row], list[int], list[torch.Tensor]]:
+    def _joined(
+        self, plans: list[RecordPlan], priors: list[Prior], block: int
+    ) -> tuple[list[Row], list[int], list[torch.Tensor]]:
         """The records' own rows one after another, with what enters the resume block for each."""
         rows: list[Row] = []
         place: list[int] = []
