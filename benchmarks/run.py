@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.dry_run:
-        (args.out / "command.txt").write_text(shown_command(argv) + "\n", encoding="utf-8")
+        note_command(args.out / "command.txt", shown_command(argv))
     if args.dry_run:
         for cell in cells:
             print(shlex.join(cell.command))
@@ -127,6 +127,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 def default_data() -> Path:
     return Path(os.environ.get("BAFT_DATA") or HERE.parent.parent / "shared" / "data")
+
+
+def note_command(path: Path, command: str) -> None:
+    """Keep the commands that filled a folder, one a line, each once."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    if command not in lines:
+        path.write_text("\n".join([*lines, command]) + "\n", encoding="utf-8")
 
 
 def shown_command(argv: Sequence[str] | None) -> str:
