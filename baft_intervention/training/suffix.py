@@ -33,6 +33,7 @@ from ..hooks import hook_block
 from ..tokenization import IGNORE_INDEX, pad_rows
 from .engine import Row
 from .head import Head
+from .products import faster_products, layers_to_speed_up
 from .standing import Stop, Unsafe, as_output, leading, standing_in
 
 logger = logging.getLogger(__name__)
@@ -166,7 +167,7 @@ def read(model: nn.Module, blocks: nn.ModuleList, rows: Sequence[Row], lowest: i
     handles += [block.register_forward_hook(after(n)) for n, block in enumerate(blocks)]
     extra = {} if recorder is None else {"past_key_values": recorder}
     try:
-        with contextlib.suppress(Stop):
+        with contextlib.suppress(Stop), faster_products(layers_to_speed_up(blocks)):
             model(input_ids=ids, attention_mask=mask, use_cache=cached, **extra)
             raise Unsafe("the blocks are not what the model calls")
     finally:
@@ -286,6 +287,7 @@ class Replay(Suffix):
     def __init__(self, model: nn.Module, blocks: nn.ModuleList, head: Head, reading: Reading, rows: Sequence[Row]):
         device = reading.hidden.device
         self.model, self.blocks, self.head, self.reading = model, blocks, head, reading
+        self.linear = layers_to_speed_up(list(blocks)[reading.lowest + 1 :])
         self.firsts = [min(row.positions) for row in rows]
         self.lengths = [used_width(row) for row in rows]
         super().__init__(rows, max(n - p for n, p in zip(self.lengths, self.firsts, strict=True)), device)
@@ -341,11 +343,12 @@ class Replay(Suffix):
     def run(self, changes: Changes) -> Tensor:
         """The last block's output ``(B * S, d)``."""
         hidden = self.hidden
-        for number in range(self.reading.lowest, len(self.blocks)):
-            if number > self.reading.lowest:
-                hidden = self.calls[number].run(self.blocks[number], hidden)
-            if number in changes:
-                hidden = changes[number](hidden.flatten(0, 1)).view_as(hidden)
+        with faster_products(self.linear):
+            for number in range(self.reading.lowest, len(self.blocks)):
+                if number > self.reading.lowest:
+                    hidden = self.calls[number].run(self.blocks[number], hidden)
+                if number in changes:
+                    hidden = changes[number](hidden.flatten(0, 1)).view_as(hidden)
         return hidden.flatten(0, 1)
 
     def losses(self, changes: Changes) -> tuple[Tensor, Tensor]:
@@ -355,7 +358,7 @@ class Replay(Suffix):
         """Fewer rows, narrower where the widest left; checked already, so not again."""
         index = torch.tensor(list(keep), device=self.device)
         new = object.__new__(Replay)
-        new.model, new.blocks, new.head, new.reading = self.model, self.blocks, self.head, self.reading
+        new.model, new.blocks, new.head, new.linear = self.model, self.blocks, self.head, self.linear
         new.firsts, new.lengths = [self.firsts[i] for i in keep], [self.lengths[i] for i in keep]
         width = max(n - p for n, p in zip(new.lengths, new.firsts, strict=True))
         Suffix.__init__(new, [self.rows[i] for i in keep], width, self.device)
