@@ -254,6 +254,25 @@ def test_a_loss_that_goes_wrong_in_the_middle_rolls_everything_back(tiny_llama, 
     assert next_word(tiny_llama, tokenizer, LEO.prompt) == LEO.target_new
 
 
+def test_finished_edits_of_a_failing_call_are_taken_back_and_replaced_ones_put_back(tiny_llama, tokenizer):
+    editor = tiny_editor(tiny_llama, tokenizer, weighting="constant", engine="reference")  # one after the other
+    editor.edit([TOWER, dataclasses.replace(LEO, target_new="capital", id="old leo")])
+    seen = []
+
+    def spoil(hidden):
+        seen.append([edit.id for edit in editor.edits])
+        return hidden * float("nan") if "france" in seen[-1] else None
+
+    handle = hook_block(tiny_llama.model.layers[0], spoil)
+    state = adapter_bytes(editor)
+    with pytest.raises(EditError, match="edit 'leo'.*the loss is nan at step 0"):
+        editor.edit([FRANCE, LEO])
+    handle.remove()
+    assert ["tower", "france"] in seen  # the first was finished, and the old one gone
+    assert adapter_bytes(editor) == state
+    assert next_word(tiny_llama, tokenizer, LEO.prompt) == "capital"
+
+
 def test_a_users_failing_hook_rolls_back_too(editor):
     editor.edit(TOWER)
 
