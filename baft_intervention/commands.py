@@ -88,7 +88,7 @@ def _show_edit(
     ]
     if rows:
         out.table(("edit", "prompt", "target", "before", "after", ""), rows, mark=5)
-    if len(rows) < len(requests):
+    if 0 < len(rows) < len(requests):
         out.say(f"… and {len(requests) - len(rows)} more")
     missed = [edit for edit in report.edits if not edit.reached]
     what = f"{len(report.edits)} edits" if len(report.edits) != 1 else "1 edit"
