@@ -36,7 +36,7 @@ class Lora(Method):
     target_modules: tuple[str, ...] = ()
     first_layer: float = 0.67
     learning_rate: float = 1e-3
-    steps: int = 40
+    steps: int = 60
     loss_target: float = 0.02
     append_eos: bool = False
 

@@ -44,7 +44,7 @@ class Loreft(Method):
     layer: float = 0.9
     rank: int = 12
     learning_rate: float = 5e-3
-    steps: int = 40
+    steps: int = 60
     loss_target: float = 0.02
     append_eos: bool = False
 

@@ -46,7 +46,7 @@ class FineTune(Method):
     layer: float = 0.7
     module: str = ""
     learning_rate: float = 5e-4
-    steps: int = 40
+    steps: int = 60
     loss_target: float = 0.02
     append_eos: bool = False
     norm_constraint: float = 0.0
