@@ -32,6 +32,7 @@ class Batch:
 
     Attributes:
         active: numbers of the jobs still in training.
+        losses: number -> mean loss (nats) over target tokens that the last step found.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Batch:
         maps = [job.maps for job in jobs.values()]
         self.maps = StackedMaps(maps, config, suffix.device, used=around.used, bank=bank, earlier=around.earlier)
         self.active = list(jobs)
+        self.losses: dict[int, float] = {}
         self._layout = _Layout(list(jobs.values()), suffix)
         self._spent = spent / len(jobs)  # an edit
 
@@ -66,6 +68,7 @@ class Batch:
             total = (edit + self.maps.penalties()).sum()
         # the one time a step that the accelerator is waited for
         values = torch.stack([edit.detach(), self._layout.sum((~hits).float())]).tolist()
+        self.losses = dict(zip(self.active, values[0], strict=True))
         leaving: dict[int, tuple[float, bool]] = {}
         for k, (loss, missed) in enumerate(zip(*values, strict=True)):
             reached = missed == 0

@@ -1,14 +1,13 @@
 """The maps of E edits as stacked tensors, trained together, each with a loss and an optimiser state of its own.
 
-Every trainable tensor of an edit lies in one row of a flat matrix ``(E, n)``, so that clipping, AdamW and the parting of
-finished edits are a few operations on three matrices, whatever the number of layers and of tensors. The leaves of the
-graph are views of that matrix, one for each name, stacked over edits and over layers.
+There is one tensor ``(E, L, ...)`` for each trained name, stacked over edits and over layers, so that clipping, AdamW
+(elementwise, hence each edit's own) and the parting of finished edits are a few operations, whatever the number of
+layers. On a CPU torch's fused AdamW takes a tenth of the time of the plain one.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,8 +24,6 @@ from ..stack import is_shared
 from ..weighting import WeightingNetwork
 
 _WEIGHTING = "weighting."
-_BETAS, _EPSILON = (0.9, 0.999), 1e-8  # torch.optim.AdamW's defaults, which the reference uses
-
 Maps = Mapping[int, BasisWeightedMap]
 
 
@@ -43,16 +40,10 @@ def signature(maps: Maps) -> tuple:
 
 @dataclass(frozen=True)
 class _Leaf:
-    """One name's place in a row of the flat matrix: ``(layers, *shape)`` from ``begin`` on."""
+    """One trained name, and the layers that have it in one shape."""
 
     name: str
     layers: tuple[int, ...]
-    shape: tuple[int, ...]
-    begin: int
-
-    @property
-    def numel(self) -> int:
-        return len(self.layers) * math.prod(self.shape)
 
 
 class Places:
@@ -100,7 +91,9 @@ class StackedMaps:
         earlier: ``layer -> function``, the summed update of earlier edits.
 
     Attributes:
-        flat: ``(E, n)``, all that is trained.
+        tensors: ``(E, L, ...)`` for each trained name, the leaves of the graph.
+        weights: ``layer -> (E, n, r)``, the basis weights of the last forward pass.
+        step: optimiser steps taken.
     """
 
     def __init__(
@@ -113,17 +106,18 @@ class StackedMaps:
         bank: Mapping[int, Tensor],
         earlier: Mapping[int, Callable[[Tensor], Tensor]],
     ):
-        self.maps, self.config = list(maps), config
+        self.maps, self.config, self._device = list(maps), config, device
         self.layers = tuple(sorted(maps[0]))
         self.used = {layer: used.get(layer, torch.zeros(config.rank)).to(device) for layer in self.layers}
         self.bank, self.earlier = {layer: tensor.to(device) for layer, tensor in bank.items()}, earlier
         self._leaves = _plan(maps[0], self.layers)
-        self.flat = torch.empty(len(maps), sum(leaf.numel for leaf in self._leaves), device=device)
-        for row, each in enumerate(maps):
-            for leaf in self._leaves:
-                values = torch.stack([each[layer].get_parameter(leaf.name).detach() for layer in leaf.layers])
-                self.flat[row, leaf.begin : leaf.begin + leaf.numel] = values.flatten()
-        self.mean, self.square = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
+        self.tensors = [
+            torch.stack(
+                [torch.stack([each[n].get_parameter(leaf.name).detach() for n in leaf.layers]) for each in maps]
+            ).to(device, torch.float32)
+            for leaf in self._leaves
+        ]
+        self._optimiser = self._optimise()
         self.step = 0
         trained = {(layer, leaf.name) for leaf in self._leaves for layer in leaf.layers}
         self._gates_trained = {layer for layer, name in trained if name.startswith(_WEIGHTING)}
@@ -138,21 +132,16 @@ class StackedMaps:
         }
         self._constant: dict[int, tuple[Tensor, Tensor | None, Tensor | None]] = {}
         self.weights: dict[int, Tensor] = {}
-        self._track()
 
     def __len__(self) -> int:
         return len(self.maps)
 
-    def _track(self) -> None:
-        """Leaves of the graph: views of the flat matrix, whose values follow it."""
-        self.tensors = [
-            self.flat[:, leaf.begin : leaf.begin + leaf.numel]
-            .view(len(self), len(leaf.layers), *leaf.shape)
-            .detach()
-            .requires_grad_()
-            for leaf in self._leaves
-        ]
-        self._constant = {}
+    def _optimise(self) -> torch.optim.AdamW:
+        config = self.config
+        for tensor in self.tensors:
+            tensor.requires_grad_()
+        fused = all(t.device.type in ("cpu", "cuda") for t in self.tensors)
+        return torch.optim.AdamW(self.tensors, config.learning_rate, weight_decay=config.weight_decay, fused=fused)
 
     # ------------------------------------------------------------------------------------------ acting
 
@@ -205,7 +194,7 @@ class StackedMaps:
 
     def penalties(self) -> Tensor:
         """``(E,)`` locality and balance terms of the weights of the last forward pass, coefficients included."""
-        config, total = self.config, torch.zeros(len(self), device=self.flat.device)
+        config, total = self.config, torch.zeros(len(self), device=self._device)
         for layer in self.layers:
             if config.locality_coefficient and layer in self.bank and layer in self._gates_trained:
                 total = total + config.locality_coefficient * locality_loss(self._gates(layer, self.bank[layer]))
@@ -222,43 +211,37 @@ class StackedMaps:
     @torch.no_grad()
     def update(self, gradients: Sequence[Tensor | None]) -> None:
         """One step of AdamW with each edit's gradient clipped to ``config.max_grad_norm``."""
-        config, count = self.config, len(self)
-        parts = [
-            torch.zeros_like(tensor).view(count, -1) if gradient is None else gradient.reshape(count, -1)
-            for tensor, gradient in zip(self.tensors, gradients, strict=True)
-        ]
-        gradient = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]  # (E, n)
-        norm = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
-        gradient = gradient * (config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        found = [g for g in gradients if g is not None]
+        norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in found])  # (names, E)
+        factor = (self.config.max_grad_norm / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)
+        for tensor, gradient in zip(self.tensors, gradients, strict=True):
+            # one without a gradient is passed over by the optimiser, decay included
+            tensor.grad = (
+                None if gradient is None else (gradient * factor.view(-1, *[1] * (gradient.ndim - 1))).contiguous()
+            )
+        self._optimiser.step()
         self.step += 1
-        beta, beta_square = _BETAS
-        if config.weight_decay:
-            for leaf, given in zip(self._leaves, gradients, strict=True):
-                if given is not None:  # as torch's AdamW, which passes over what has no gradient
-                    part = self.flat[:, leaf.begin : leaf.begin + leaf.numel]
-                    part.mul_(1.0 - config.learning_rate * config.weight_decay)
-        self.mean.lerp_(gradient, 1.0 - beta)
-        self.square.mul_(beta_square).addcmul_(gradient, gradient, value=1.0 - beta_square)
-        scale = math.sqrt(1.0 - beta_square**self.step)
-        divisor = self.square.sqrt().div_(scale).add_(_EPSILON)
-        self.flat.addcdiv_(self.mean, divisor, value=-config.learning_rate / (1.0 - beta**self.step))
 
     @torch.no_grad()
     def store(self, edit: int) -> None:
         """Write the tensors of edit number ``edit`` back into its maps."""
-        for leaf in self._leaves:
-            values = self.flat[edit, leaf.begin : leaf.begin + leaf.numel].view(len(leaf.layers), *leaf.shape)
-            for value, layer in zip(values, leaf.layers, strict=True):
+        for leaf, tensor in zip(self._leaves, self.tensors, strict=True):
+            for value, layer in zip(tensor[edit], leaf.layers, strict=True):
                 self.maps[edit][layer].get_parameter(leaf.name).copy_(value)
 
     @torch.no_grad()
     def keep(self, edits: Sequence[int]) -> None:
         """Go on with some of the edits."""
-        index = torch.tensor(list(edits), device=self.flat.device)
+        index = torch.tensor(list(edits), device=self._device)
         self.maps = [self.maps[i] for i in edits]
-        self.flat, self.mean, self.square = self.flat[index], self.mean[index], self.square[index]
+        states = [self._optimiser.state[tensor] for tensor in self.tensors]
+        self.tensors = [tensor.detach()[index] for tensor in self.tensors]
+        self._optimiser = self._optimise()
+        for tensor, state in zip(self.tensors, states, strict=True):
+            # the moments are per edit, the count of steps is one for all
+            self._optimiser.state[tensor] = {n: t[index] if t.ndim else t for n, t in state.items()}
         self._fixed = {layer: {n: t[index] for n, t in fixed.items()} for layer, fixed in self._fixed.items()}
-        self._track()
+        self._constant = {}
 
 
 def _plan(maps: Maps, layers: Sequence[int]) -> list[_Leaf]:
@@ -267,11 +250,7 @@ def _plan(maps: Maps, layers: Sequence[int]) -> list[_Leaf]:
         for name, parameter in maps[layer].named_parameters():
             if parameter.requires_grad:
                 groups.setdefault((name, tuple(parameter.shape)), []).append(layer)
-    leaves: list[_Leaf] = []
-    for (name, shape), found in groups.items():
-        begin = leaves[-1].begin + leaves[-1].numel if leaves else 0
-        leaves.append(_Leaf(name, tuple(found), shape, begin))
-    return leaves
+    return [_Leaf(name, tuple(found)) for (name, _), found in groups.items()]
 
 
 def _on(device: torch.device, network: WeightingNetwork) -> WeightingNetwork:

@@ -308,6 +308,16 @@ class Replay(Suffix):
                     raise Unsafe(f"block {n} shows no keys and values")
                 keys, values = reading.pairs[n]
                 self.pairs[n] = (_columns(keys, each, index), _columns(values, each, index))
+        parameters = inspect.signature(model.forward).parameters
+        self.positions = "position_ids" in parameters
+        if not self.positions and any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            self.positions = True  # it may hand them on
+            try:
+                self._record()
+                self._check()
+                return
+            except (Unsafe, TypeError, ValueError):
+                self.positions = False
         self._record()
         self._check()
 
@@ -317,7 +327,7 @@ class Replay(Suffix):
             "attention_mask": self.mask,
             "use_cache": bool(self.past),
         }
-        if "position_ids" in inspect.signature(self.model.forward).parameters:
+        if self.positions:
             inputs["position_ids"] = self.columns
         if self.past:
             inputs["past_key_values"] = _Prefix(len(self.blocks), self.pairs, self.past, self.hidden)
@@ -359,6 +369,7 @@ class Replay(Suffix):
         index = torch.tensor(list(keep), device=self.device)
         new = object.__new__(Replay)
         new.model, new.blocks, new.head, new.linear = self.model, self.blocks, self.head, self.linear
+        new.positions = self.positions
         new.firsts, new.lengths = [self.firsts[i] for i in keep], [self.lengths[i] for i in keep]
         width = max(n - p for n, p in zip(new.lengths, new.firsts, strict=True))
         Suffix.__init__(new, [self.rows[i] for i in keep], width, self.device)
