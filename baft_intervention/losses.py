@@ -23,7 +23,9 @@ def edit_loss(logits: Tensor, labels: Tensor) -> Tensor:
         labels: ``(B, T)``, the token *at* each position, ``IGNORE_INDEX`` where it is no target; shifted here.
     """
     logits, labels = logits[:, :-1].float(), labels[:, 1:]
-    losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none")  # (B, T-1)
+    # over rows (N, V): along any other axis torch sums the vocabulary one by one and is off by 1e-4
+    flat = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+    losses = flat.view(labels.shape)  # (B, T-1)
     counted = (labels != IGNORE_INDEX).sum(1).clamp(min=1)
     return losses.sum(1) / counted
 

@@ -171,12 +171,14 @@ def follow(
     monkeypatch: pytest.MonkeyPatch,
     *,
     rejoin: bool = False,
+    rounding: float = 0.0,
 ) -> None:
     """Train both ways and compare at each of 20 steps: the loss to 1e-4, each edit's gradient to 1e-3, relative.
 
     With ``rejoin`` each step begins at the reference's parameters. AdamW's first steps are of one size whatever the
     gradient's, so that rounding decides where a gradient is next to nothing; a deep model then carries the
-    difference on, between any two ways of computing the same.
+    difference on, between any two ways of computing the same. ``rounding`` is the absolute error (nats) of a loss that
+    is the difference of two fp32 logits, which counts where the loss is next to nothing.
     """
     losses, gradients, states = trace_reference(monkeypatch, model, config, expected, near)
     engine = fast_engine(model, config, strict=True)
@@ -204,13 +206,17 @@ def follow(
                     tensor.detach().copy_(torch.stack(each))
             batch.step()
             for k in range(len(jobs)):
-                assert batch.losses[k] == pytest.approx(losses[k][step], rel=1e-4), (step, k)
+                assert batch.losses[k] == pytest.approx(losses[k][step], rel=1e-4, abs=rounding), (step, k)
                 theirs = gradients[k][step]
                 assert seen[-1].keys() == theirs.keys()
                 size = torch.stack([g.norm() for g in theirs.values()]).norm()
                 for name, gradient in theirs.items():
                     difference = (seen[-1][name][k] - gradient).norm()
-                    assert difference <= 1e-3 * gradient.norm() + 1e-5 * size, (step, k, name)
+                    assert difference <= (1e-3 + rounding / losses[k][step]) * gradient.norm() + 1e-5 * size, (
+                        step,
+                        k,
+                        name,
+                    )
     assert len(seen) == 20
 
 
@@ -816,7 +822,13 @@ def test_smollm2_step_by_step(
 ) -> None:
     model, tokenizer = smollm2
     config = BaftConfig(
-        layers=layers, positions=positions, weighting="linear", loss_target=0.0, steps=20, bank_size=8, engine="auto"
+        layers=layers,
+        positions=positions,
+        weighting="linear",
+        loss_target=0.0,
+        steps=20,
+        learning_rate=1e-3,
+        bank_size=8,
     )
     requests = [
         EditRequest("What university did Watts Humphrey attend?", "University of Michigan"),
@@ -829,4 +841,4 @@ def test_smollm2_step_by_step(
         maps = [make_maps(config, 576, layers, {}, edit_seed(0, [request])) for request in requests]
         return [Job((r,), (row,), m) for r, row, m in zip(requests, rows, maps, strict=True)]
 
-    follow(model, config, jobs(), jobs(), Surroundings(), monkeypatch, rejoin=True)
+    follow(model, config, jobs(), jobs(), Surroundings(), monkeypatch, rejoin=True, rounding=1e-5)
