@@ -76,6 +76,13 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--chat", action="store_true", help="each prompt is what a user says: put it into the model's chat template"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="with --chat: a system message before it")
+
+
 def _add_demo(commands: Any) -> None:
     parser = _command(
         commands,
@@ -116,6 +123,7 @@ def _add_edit(commands: Any) -> None:
     parser.add_argument(
         "--show", type=_whole(0), default=20, metavar="N", help="ask the first N prompts before and after; default: 20"
     )
+    _add_chat(parser)
     settings = parser.add_argument_group("settings", "what is not given comes from --config, else from the defaults")
     settings.add_argument("--config", metavar="FILE", help="settings as YAML or JSON, fields of BaftConfig")
     settings.add_argument("--rank", type=int, metavar="R", help="bases an edit; default: 12")
@@ -156,6 +164,7 @@ def _add_generate(commands: Any) -> None:
     )
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
     parser.add_argument("--prompts", metavar="FILE", help="a file of prompts, one a line; - is standard input")
+    _add_chat(parser)
     parser.add_argument("--compare", action="store_true", help="show what the unedited model says beside it")
     parser.add_argument("--max-new-tokens", type=_whole(1), default=32, metavar="N", help="default: 32")
     parser.add_argument("--batch-size", type=_whole(1), default=32, metavar="N", help="prompts at once; default: 32")

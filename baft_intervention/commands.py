@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .chat import render_request
 from .cli import BAD_INPUT, FAILED, OK
 from .config import BaftConfig
 from .console import Output
@@ -32,9 +33,14 @@ _ANSWER_TOKENS = 12  # of the answers that `edit` shows before and after
 def run_edit(args: argparse.Namespace, out: Output) -> int:
     place = _place_of_result(args)
     config = _settings(args)
+    _check_system(args)
     data = load_requests(args.edits, args.task, limit=args.limit, skip_bad=args.skip_bad)
     editor = _open_editor(args, config)
-    requests, skipped = _usable(editor, data.requests) if args.skip_bad else (data.requests, [])
+    asked = [request.as_chat(args.system) if args.chat else request for request in data.requests]
+    if args.skip_bad:
+        requests, skipped = _usable(editor, asked)
+    else:
+        requests, skipped = [render_request(editor.tokenizer, request) for request in asked], []
     skipped = [*data.bad, *skipped]
     if not requests:
         raise DataError(f"{args.edits}: no request can be used; the first problem: {skipped[0]}")
@@ -83,7 +89,7 @@ def _show_edit(
 ) -> None:
     edit_of = {request.id: edit for edit in report.edits for request in edit.requests}
     rows = [
-        (edit_of[r.id].id, r.prompt, r.target_new, b, a, "ok" if edit_of[r.id].reached else "missed")
+        (edit_of[r.id].id, r.question, r.target_new, b, a, "ok" if edit_of[r.id].reached else "missed")
         for r, b, a in zip(requests, before, after, strict=False)
     ]
     if rows:
@@ -96,6 +102,11 @@ def _show_edit(
     out.say(f"{what} in {report.seconds:.1f} s{replaced}; {total} in {place}")
     if missed:
         out.say(f"{len(missed)} do not give the whole target yet; raise --steps or --rank", style="bold red")
+
+
+def _check_system(args: argparse.Namespace) -> None:
+    if args.system is not None and not args.chat:
+        raise ConfigError("--system is a message of a conversation; give --chat with it")
 
 
 def _place_of_result(args: argparse.Namespace) -> Path:
@@ -145,6 +156,7 @@ def _usable(editor: BaftEditor, requests: Sequence[EditRequest]) -> tuple[list[E
     bad = []
     for request in requests:
         try:
+            request = render_request(editor.tokenizer, request)
             encode_request(editor.tokenizer, request, editor.config)
             if request.prompt in good:
                 raise RequestError(f"{request.where}: an earlier request has the same prompt")
@@ -186,15 +198,17 @@ def run_generate(args: argparse.Namespace, out: Output) -> int:
 
     if args.adapter is None and args.model is None:
         raise ConfigError("give --adapter DIR (an edited model) or --model M (an unedited one)")
+    _check_system(args)
     if args.compare and args.adapter is None:
         raise ConfigError("--compare shows the unedited model beside the edited one; it needs --adapter")
     prompts = _prompts(args)
     options = _decoding(args)
+    asked: list[Any] = [_conversation(prompt, args.system) for prompt in prompts] if args.chat else prompts
     editor = _open_editor(args)
 
     def ask() -> list[Any]:
         torch.manual_seed(args.seed)
-        return editor.generate(prompts, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, **options)
+        return editor.generate(asked, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, **options)
 
     answers = [a if isinstance(a, list) else [a] for a in ask()]
     unedited: list[list[str]] | None = None
@@ -257,6 +271,11 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
+def _conversation(prompt: str, system: str | None) -> list[dict[str, str]]:
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return [*first, {"role": "user", "content": prompt}]
+
+
 def _decoding(args: argparse.Namespace) -> dict[str, Any]:
     if not args.sample and (args.temperature is not None or args.top_p is not None):
         raise ConfigError("--temperature and --top-p are about drawing tokens; give --sample with them")
@@ -281,7 +300,8 @@ def run_list(args: argparse.Namespace, out: Output) -> int:
     rows = []
     for edit in edits:
         facts = edit["steps"], f"{edit['loss']:.3f}", "ok" if edit["reached"] else "missed"
-        rows += [(edit["id"], request["prompt"], request["target_new"], *facts) for request in edit["requests"]]
+        asked = [EditRequest.from_dict(request) for request in edit["requests"]]
+        rows += [(edit["id"], request.question, request.target_new, *facts) for request in asked]
     if rows:
         out.table(("edit", "prompt", "target", "steps", "loss", ""), rows, mark=5)
     out.say(
@@ -313,7 +333,7 @@ def run_undo(args: argparse.Namespace, out: Output) -> int:
     except EditError as error:
         raise RequestError(f"{args.adapter}: {error}") from None
     editor.save_pretrained(place)
-    rows = [(edit.id, request.prompt, request.target_new) for edit in undone for request in edit.requests]
+    rows = [(edit.id, request.question, request.target_new) for edit in undone for request in edit.requests]
     if rows:
         out.table(("undone", "prompt", "target was"), rows)
     out.say(f"{len(undone)} undone, {len(editor.edits)} left in {place}")

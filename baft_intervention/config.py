@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from .errors import ConfigError
+from .errors import ConfigError, PositionError
 from .positions import PositionRule
 from .weighting import make_weighting, weighting_class
 
@@ -96,7 +96,10 @@ class BaftConfig:
                 if isinstance(layer, bool) or not isinstance(layer, int):
                     raise ConfigError(f"layers has {layer!r}; a block number is a whole number")
             object.__setattr__(self, "layers", tuple(layers))
-        PositionRule.parse(self.positions)
+        try:
+            PositionRule.parse(self.positions)
+        except PositionError as error:
+            raise ConfigError(str(error)) from None
         if not isinstance(self.weighting_options, Mapping):
             raise ConfigError(f"weighting_options is {self.weighting_options!r}; it must be a mapping of options")
         object.__setattr__(self, "weighting_options", dict(self.weighting_options))

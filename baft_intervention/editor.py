@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .adapter import BaftAdapter, Edit
+from .chat import is_conversation, render_chat, render_request
 from .config import BaftConfig
 from .errors import AdapterError, ConfigError, EditError, RequestError
+from .hub import CARD, fetched_adapter, is_repo_id, model_card, push_folder
 from .models import config_hash, give_pad_token, load_model, model_fingerprint
 from .requests import EditRequest
 from .stack import is_shared
@@ -108,29 +111,86 @@ class BaftEditor:
         revision: str | None = None,
         bank_texts: Sequence[str] | None = None,
     ) -> BaftEditor:
-        """An editor of a model by name (built-in, folder or hub id), or of an adapter folder with its base model.
+        """An editor of a model by name (built-in, folder or hub id), or of an adapter with its base model.
+
+        Args:
+            name: of a model; or a folder written by :meth:`save_pretrained`, or a hub id that :meth:`push_to_hub` wrote to.
+            config: settings for new edits; an adapter has its own.
+            device, dtype: see :func:`~baft_intervention.models.load_model`; an adapter's dtype is its base model's.
+            revision: branch, tag or commit of a hub id.
+            bank_texts: see the class.
 
         Raises:
             ModelError: the model cannot be loaded.
             AdapterError: the adapter is damaged or does not fit its base model.
         """
+        name = os.fspath(name)
+        given: dict[str, Any] = {"device": device, "dtype": dtype, "bank_texts": bank_texts}
         if (Path(name).expanduser() / DESCRIPTION).is_file():
-            if config is not None:
-                raise ConfigError(f"{os.fspath(name)!r} is an adapter and has its own settings; leave config out")
-            state, description = read_directory(name)
-            base = description["base_model"]
-            dtype = dtype or base.get("dtype")
-            model, tokenizer = load_model(base["name"], device=device, dtype=dtype, revision=base.get("revision"))
-            config = BaftConfig.from_dict(description["config"], where=f"{name}: ")
-            editor = cls(model, tokenizer, config, model_name=base["name"], bank_texts=bank_texts)
-            try:
-                editor._take(state, description, f"{os.fspath(name)}: ")
-            except BaseException:
-                editor.detach()
-                raise
-            return editor
-        model, tokenizer = load_model(os.fspath(name), device=device, dtype=dtype, revision=revision)
-        return cls(model, tokenizer, config, model_name=os.fspath(name), bank_texts=bank_texts)
+            return cls._from_adapter(name, name, config, **given)
+        if is_repo_id(name):
+            with fetched_adapter(name, revision=revision) as folder:
+                if folder is not None:
+                    return cls._from_adapter(folder, name, config, **given)
+        model, tokenizer = load_model(name, device=device, dtype=dtype, revision=revision)
+        return cls(model, tokenizer, config, model_name=name, bank_texts=bank_texts)
+
+    @classmethod
+    def _from_adapter(
+        cls, folder: str | Path, name: str, config: BaftConfig | None, *, device: Any, dtype: Any, bank_texts: Any
+    ) -> BaftEditor:
+        if config is not None:
+            raise ConfigError(f"{name!r} is an adapter and has its own settings; leave config out")
+        state, description = read_directory(folder)
+        base = description["base_model"]
+        dtype = dtype or base.get("dtype")
+        model, tokenizer = load_model(base["name"], device=device, dtype=dtype, revision=base.get("revision"))
+        config = BaftConfig.from_dict(description["config"], where=f"{name}: ")
+        editor = cls(model, tokenizer, config, model_name=base["name"], bank_texts=bank_texts)
+        try:
+            editor._take(state, description, f"{name}: ")
+        except BaseException:
+            editor.detach()
+            raise
+        return editor
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        license: str | None = None,
+        metrics: Mapping[str, float] | None = None,
+        message: str = "Upload adapter",
+    ) -> str:
+        """Push the edits with a generated model card to the hub; :meth:`from_pretrained` with ``repo_id`` loads them.
+
+        The requests themselves (prompts, new answers, subjects) are part of an adapter and are readable there.
+
+        Args:
+            repo_id: ``user/name``; the repository is made where there is none.
+            private: whether a new repository is; the account's default where left out.
+            token: of the account; what ``huggingface_hub`` has stored where left out.
+            revision: branch to push to.
+            license: the hub's identifier, e.g. ``apache-2.0``, for the card.
+            metrics: numbers of your own for the card.
+            message: of the commit.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            AdapterError: the hub cannot be reached or refuses.
+        """
+        with tempfile.TemporaryDirectory(prefix="baft-") as folder:
+            place = self.save_pretrained(Path(folder) / "adapter")
+            _, description = read_directory(place)
+            requests = [request for edit in self.edits for request in edit.requests]
+            card = model_card(description, requests, repo_id, license=license, metrics=metrics)
+            (place / CARD).write_text(card, encoding="utf-8")
+            return push_folder(place, repo_id, private=private, token=token, revision=revision, message=message)
 
     def load_adapter(self, path: str | os.PathLike[str]) -> None:
         """Replace this editor's edits by those of an adapter folder of the same base model; all or nothing.
@@ -204,7 +264,7 @@ class BaftEditor:
         A later edit of a prompt supersedes the earlier one. An interrupt (Ctrl-C) keeps the edits that are finished.
 
         Args:
-            requests: what to change.
+            requests: what to change; conversations are put into the tokenizer's chat template, which is recorded.
             progress: show a bar with the time left.
 
         Raises:
@@ -214,6 +274,7 @@ class BaftEditor:
         """
         begin = time.perf_counter()
         items = [requests] if isinstance(requests, EditRequest) else list(requests)
+        items = [render_request(self.tokenizer, r) if isinstance(r, EditRequest) else r for r in items]
         self._check(items)
         self._prepare()
         replaced = tuple(e.id for e in self.edits if {r.prompt for r in e.requests} <= {r.prompt for r in items})
@@ -334,12 +395,18 @@ class BaftEditor:
 
     @torch.no_grad()
     def generate(
-        self, prompts: str | Sequence[str], *, max_new_tokens: int = 32, batch_size: int = 32, **options: Any
+        self,
+        prompts: str | Sequence[str | Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]],
+        *,
+        max_new_tokens: int = 32,
+        batch_size: int = 32,
+        **options: Any,
     ) -> Any:
         """What the edited model writes after each prompt, the prompt itself left out.
 
         Args:
-            prompts: one text or several; several are padded on the left and answered together.
+            prompts: one or several; several are padded on the left and answered together. A prompt is a text, or a
+                conversation (a list of ``{"role", "content"}``), which is put into the tokenizer's chat template.
             max_new_tokens: at most so many tokens.
             batch_size: prompts a batch.
             options: of ``model.generate`` (``do_sample``, ``num_beams``, ``num_return_sequences``, ``use_cache``, …); greedy
@@ -349,7 +416,9 @@ class BaftEditor:
             A string for one prompt, a list for several; with ``num_return_sequences > 1`` a list of strings in place of
             each string.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        single = isinstance(prompts, str) or is_conversation(prompts)
+        items: list[Any] = [prompts] if single else list(prompts)
+        texts = [item if isinstance(item, str) else render_chat(self.tokenizer, item) for item in items]
         options = {"do_sample": False, **options}
         if not options["do_sample"]:  # a model's own sampling settings only draw warnings in greedy search
             options = {"temperature": None, "top_p": None, "top_k": None, **options}
@@ -370,7 +439,7 @@ class BaftEditor:
                 answers += [decoded[i : i + several] for i in range(0, len(decoded), several)]
             else:
                 answers += decoded
-        return answers[0] if isinstance(prompts, str) else answers
+        return answers[0] if single else answers
 
 
 # settings that only training reads: an adapter made with others answers the same

@@ -11,6 +11,12 @@ rule           edited tokens
 ``f3+l2``      the first three and the last two tokens of the prompt (``f3`` or ``l2`` alone too)
 =============  =======================================================================================
 
+A rule of your own is one function and one line::
+
+    @register_positions("second")
+    def second(index, length):
+        return index == 1
+
 In training a position is found from the character offsets of the prompt (:func:`prompt_positions`). At inference
 there is a batch of ids, padded on either side, and perhaps a cache of earlier tokens: :meth:`PositionRule.mask` works in
 absolute positions, so padding and caching change nothing.
@@ -19,17 +25,48 @@ absolute positions, so padding and caching change nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import PositionError
+from .errors import ConfigError, PositionError
 
 _NAMED = ("last", "subject", "subject_all", "prompt", "all")
 _FIRST_LAST = re.compile(r"(?:f(?P<first>\d+))?\+?(?:l(?P<last>\d+))?")
+_MOST = 10**6  # more tokens than any prompt has; a longer number is a slip
+
+Chooser = Callable[[Tensor, Tensor], Tensor]
+_REGISTRY: dict[str, Chooser] = {}
+
+
+def register_positions(name: str) -> Callable[[Chooser], Chooser]:
+    """Decorator: make a rule known as ``name`` to configs, adapters and the command line.
+
+    The function gets ``index (B, T)``, each token's place in its prompt counted from 0 (negative before the prompt, past
+    the end behind it), and ``length (B, 1)``, the prompts' numbers of tokens; it gives ``(B, T)`` bool. Tokens outside the
+    prompt are left out of what it gives. It must not depend on T: a prompt is also seen alone, padded, and in pieces.
+
+    Args:
+        name: letters, digits and ``_``, beginning with a letter; not that of another rule.
+
+    Raises:
+        ConfigError: a name that is taken, or is none.
+    """
+    taken = name in _NAMED or name.startswith("subject") or _FIRST_LAST.fullmatch(name) is not None
+    if not re.fullmatch(r"[a-z]\w*", name) or taken:
+        raise ConfigError(f"{name!r} cannot name a position rule: it is no identifier, or taken; choose another name")
+
+    def register(choose: Chooser) -> Chooser:
+        known = _REGISTRY.get(name)
+        if known is not None and known.__qualname__ != choose.__qualname__:
+            raise ConfigError(f"the position rule {name!r} is taken by {known.__qualname__}; choose another name")
+        _REGISTRY[name] = choose
+        return choose
+
+    return register
 
 
 @dataclass(frozen=True)
@@ -37,7 +74,7 @@ class PositionRule:
     """A parsed rule. Build it with :meth:`parse`.
 
     Args:
-        kind: one of ``last``, ``subject``, ``subject_all``, ``prompt``, ``all``, ``first_last``.
+        kind: one of ``last``, ``subject``, ``subject_all``, ``prompt``, ``all``, ``first_last``, or a registered name.
         first, last: counts of ``first_last``.
     """
 
@@ -53,14 +90,17 @@ class PositionRule:
             PositionError: not a rule; the message lists what is.
         """
         if isinstance(text, str):
-            if text in _NAMED:
+            if text in _NAMED or text in _REGISTRY:
                 return cls(text)
             match = _FIRST_LAST.fullmatch(text)
             if match and (match["first"] or match["last"]) and ("+" in text) == bool(match["first"] and match["last"]):
-                first, last = int(match["first"] or 0), int(match["last"] or 0)
-                if first + last > 0:
+                first, last = (
+                    int(match[name] or 0) if len(match[name] or "") < 8 else _MOST for name in ("first", "last")
+                )
+                if 0 < first + last < _MOST:
                     return cls("first_last", first, last)
-        raise PositionError(f"positions is {text!r}; it must be one of {', '.join(_NAMED)}, or f<n>+l<n>, e.g. 'f3+l3'")
+        known = ", ".join((*_NAMED, *sorted(_REGISTRY)))
+        raise PositionError(f"positions is {text!r}; it must be one of {known}, or f<n>+l<n>, e.g. 'f3+l3'")
 
     def __str__(self) -> str:
         if self.kind != "first_last":
@@ -94,6 +134,8 @@ class PositionRule:
             return relative == length - 1
         if self.kind == "first_last":
             return inside & ((relative < self.first) | (relative >= length - self.last))
+        if self.kind in _REGISTRY:
+            return inside & _REGISTRY[self.kind](relative, length)
         if subjects is None:
             return torch.zeros_like(inside)
         if self.kind == "subject":  # the last token of each run
@@ -121,8 +163,10 @@ def prompt_positions(
         span = _subject_span(tokenizer, prompt, prompt_ids, subject)
         return [span[-1]] if rule.kind == "subject" else span
     total = n + target_len
-    columns = torch.arange(total)
-    return rule.mask(torch.tensor([0]), torch.tensor([n]), columns)[0].nonzero().flatten().tolist()
+    found = rule.mask(torch.tensor([0]), torch.tensor([n]), torch.arange(total))[0].nonzero().flatten().tolist()
+    if not found:
+        raise PositionError(f"the position rule {str(rule)!r} finds no token in the prompt {prompt!r} ({n} tokens)")
+    return found
 
 
 def _subject_span(tokenizer: Any, prompt: str, prompt_ids: Sequence[int], subject: str | None) -> list[int]:

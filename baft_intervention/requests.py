@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -89,11 +89,64 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Message:
+    """One turn of a conversation.
+
+    Args:
+        role: who speaks, in the words of the model's chat template: ``system``, ``user``, ``assistant``.
+        content: what is said.
+
+    Raises:
+        RequestError: an empty or non-text role or content.
+    """
+
+    role: str
+    content: str
+
+    def __post_init__(self) -> None:
+        _text(self.role, "message.role", "")
+        _text(self.content, "message.content", "")
+
+    def to_dict(self) -> dict[str, str]:
+        return {"role": self.role, "content": self.content}
+
+
+def read_messages(value: object, where: str = "") -> tuple[Message, ...]:
+    """A conversation that waits for an answer, from ``{"role", "content"}`` objects or :class:`Message`.
+
+    Raises:
+        RequestError: no message, an unknown or missing field, or a last turn that is the assistant's.
+    """
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence) or not value:
+        raise RequestError(f"{where}messages must be a list of objects with role and content, got {value!r}")
+    found = []
+    for i, item in enumerate(value):
+        place = f"{where}messages[{i}]: "
+        if isinstance(item, Message):
+            found.append(item)
+            continue
+        if not isinstance(item, Mapping):
+            raise RequestError(f"{place}a message must be an object with role and content, got {item!r}")
+        _reject_unknown(item, Message, place)
+        if missing := [name for name in ("role", "content") if name not in item]:
+            raise RequestError(f"{place}field {missing[0]!r} is missing")
+        try:
+            found.append(Message(item["role"], item["content"]))
+        except RequestError as error:
+            raise RequestError(f"{place}{error}") from None
+    if found[-1].role == "assistant":
+        raise RequestError(f"{where}the last message is the assistant's; leave it out, its answer is target_new")
+    return tuple(found)
+
+
+@dataclass(frozen=True)
 class EditRequest:
     """One fact to be changed: after ``prompt`` the model must answer ``target_new``.
 
     Args:
-        prompt: the text before the answer, e.g. ``"The capital of Japan is"``.
+        prompt: the text before the answer, e.g. ``"The capital of Japan is"``; or a conversation, a list of
+            ``{"role": "user", "content": "What is the capital of Japan?"}``, which the editor puts into the model's own
+            chat template. Until then ``prompt`` is the last message's text, and afterwards the whole rendered one.
         target_new: the wanted answer, e.g. ``"Osaka"``. A space is put between the two where neither brings one.
         subject: the entity that the fact is about; must occur in ``prompt`` where a ``subject`` position is edited.
         target_true: the answers that were right before (every alias), where the source tells.
@@ -101,9 +154,12 @@ class EditRequest:
         id: a name that is unique in an adapter; made from prompt, subject and target where none is given.
         case_id: requests of one case are applied together (MQuAKE); empty where a request stands alone.
         origin: where the request was read, for messages: ``"edits.json:3"``.
+        messages: the conversation, where ``prompt`` was one.
+        chat_template: the template (Jinja source) that made ``prompt`` of ``messages``; recorded by the editor. One that is
+            given beforehand is used in place of the tokenizer's.
 
     Raises:
-        RequestError: an empty or non-text field, a probe of the wrong type.
+        RequestError: an empty or non-text field, a probe of the wrong type, messages that are no conversation.
     """
 
     prompt: str
@@ -114,9 +170,21 @@ class EditRequest:
     id: str = ""
     case_id: str = ""
     origin: str = field(default="", compare=False)
+    messages: tuple[Message, ...] = ()
+    chat_template: str = ""
 
     def __post_init__(self) -> None:
         where = f"{self.origin}: " if isinstance(self.origin, str) and self.origin else ""
+        if isinstance(self.prompt, (list, tuple)):
+            if self.messages:
+                raise RequestError(f"{where}prompt is a conversation, and messages are given too; give one of them")
+            object.__setattr__(self, "messages", read_messages(self.prompt, where))
+            object.__setattr__(self, "prompt", self.messages[-1].content)
+        elif self.messages != ():
+            object.__setattr__(self, "messages", read_messages(self.messages, where) if self.messages else ())
+        _text(self.chat_template, "chat_template", where, empty_ok=True)
+        if self.chat_template and not self.messages:
+            raise RequestError(f"{where}chat_template is given, but the prompt is no conversation; give messages")
         _text(self.prompt, "prompt", where)
         _text(self.target_new, "target_new", where)
         if self.subject is not None:
@@ -131,22 +199,48 @@ class EditRequest:
         _text(self.id, "id", where, empty_ok=True)
         _text(self.case_id, "case_id", where, empty_ok=True)
         if not self.id:
-            key = json.dumps([self.prompt, self.subject, self.target_new], ensure_ascii=False)
-            object.__setattr__(self, "id", hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:12])
+            object.__setattr__(self, "id", self._made_id())
+
+    def _made_id(self) -> str:
+        asked = [m.to_dict() for m in self.messages] or self.prompt
+        key = json.dumps([asked, self.subject, self.target_new], ensure_ascii=False)
+        return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
     @property
     def where(self) -> str:
         """``origin`` and id, to begin an error message with."""
-        return f"{self.origin + ': ' if self.origin else ''}edit {self.id!r} ({self.prompt!r})"
+        return f"{self.origin + ': ' if self.origin else ''}edit {self.id!r} ({self.question!r})"
+
+    @property
+    def question(self) -> str:
+        """What is asked, for people: the prompt, or the last message of a conversation without the template around it."""
+        return self.messages[-1].content if self.messages else self.prompt
 
     def probes_of(self, kind: ProbeKind) -> tuple[Probe, ...]:
         return tuple(p for p in self.probes if p.kind == kind)
 
+    def as_chat(self, system: str | None = None) -> EditRequest:
+        """The same request as a conversation: the prompt is what the user says, after ``system`` where it is given.
+
+        Probes stay the plain texts that they are.
+
+        Raises:
+            RequestError: the request is a conversation already.
+        """
+        if self.messages:
+            raise RequestError(f"{self.where}: the request is a conversation already")
+        first = [] if system is None else [Message("system", system)]
+        messages = (*first, Message("user", self.prompt))
+        name = "" if self.id == self._made_id() else self.id
+        return dataclasses.replace(self, messages=messages, id=name)
+
     def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; ``messages`` and ``chat_template`` only where the request is a conversation."""
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         data["target_true"] = list(self.target_true)
         data["probes"] = [p.to_dict() for p in self.probes]
-        return data
+        data["messages"] = [m.to_dict() for m in self.messages]
+        return {k: v for k, v in data.items() if v or k not in ("messages", "chat_template")}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, origin: str = "") -> EditRequest:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from baft_intervention import BaftConfig
-from baft_intervention.errors import ConfigError, PositionError
+from baft_intervention.errors import ConfigError
 
 OTHER = BaftConfig(
     rank=3, layers=(4, -1), positions="f1+l2", weighting="mlp", weighting_options={"hidden": 5, "initial_weight": 0.25},
@@ -91,7 +91,7 @@ def test_a_value_out_of_range_is_named(changes: dict[str, Any], match: str) -> N
 
 
 def test_a_position_rule_is_checked_too() -> None:
-    with pytest.raises(PositionError, match="positions is 'first'; it must be one of last"):
+    with pytest.raises(ConfigError, match="positions is 'first'; it must be one of last"):
         BaftConfig(positions="first")
     with pytest.raises(ConfigError, match="here: positions is 'first'"):
         BaftConfig.from_dict({"positions": "first"}, where="here: ")

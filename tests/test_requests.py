@@ -105,7 +105,7 @@ def test_probes_by_kind() -> None:
         ),
         ({"id": 3}, "id must be a string"),
         ({"case_id": None}, "case_id must be a string"),
-        ({"target": "x"}, "unknown field 'target'; known fields: case_id, id"),
+        ({"target": "x"}, "unknown field 'target'; known fields: case_id, chat_template, id"),
     ],
 )
 def test_a_bad_field_is_named_with_its_place(fields: dict[str, Any], match: str) -> None:

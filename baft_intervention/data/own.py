@@ -12,6 +12,8 @@ The same as JSON Lines (one object a line), or as CSV with a header; a column ma
     prompt,target_new,subject,target_true,rephrase,rephrase_2,locality_prompt,locality_answer
     The capital of Japan is,Osaka,Japan,Tokyo,Japan's capital is,The seat of Japan's government is,The capital of France is,Paris
 
+A prompt may be a conversation, ``[{"role": "user", "content": "What is the capital of Japan?"}]``.
+
 What :meth:`EditRequest.to_dict` writes is read back unchanged. Unlike the benchmarks' readers this one knows every field
 that may occur, so that a misspelt one is an error that names the right one, not a probe that silently is not there.
 """
@@ -69,7 +71,7 @@ def read_own(record: Record) -> EditRequest:
     """A user's own facts (prompt, target_new, and optionally subject, target_true, rephrase, locality, portability, probes)."""
     numbered = _check_fields(record)
     # EditRequest.to_dict must come back unchanged, so nothing is stripped here; CSV cells were when they were read
-    prompt, target = record.text("prompt", strip=False), record.text("target_new", strip=False)
+    prompt, target = _prompt(record), record.text("target_new", strip=False)
     probes = _given_probes(record)
     for name, _ in numbered["rephrase"]:
         for wording in record.texts(name):
@@ -96,7 +98,15 @@ def read_own(record: Record) -> EditRequest:
         probes=tuple(probes),
         id=record.optional_text("id", strip=False) or "",
         case_id=record.optional_text("case_id", strip=False) or "",
+        messages=record.data.get("messages") or (),
+        chat_template=record.optional_text("chat_template", strip=False) or "",
     )
+
+
+def _prompt(record: Record) -> Any:
+    """A text, or a conversation: a list of messages, which the request itself checks."""
+    value = record.data.get("prompt")
+    return value if isinstance(value, list) else record.text("prompt", strip=False)
 
 
 def _check_fields(record: Record) -> dict[str, list[tuple[str, str]]]:

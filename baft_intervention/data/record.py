@@ -197,9 +197,9 @@ class Record:
 
     # what a reader gives back
 
-    def request(self, *, prompt: str, target_new: str, subject: str | None = None, **more: Any) -> EditRequest:
+    def request(self, *, prompt: Any, target_new: str, subject: str | None = None, **more: Any) -> EditRequest:
         """An :class:`EditRequest` from here; its own complaints name this record."""
-        if subject is not None and subject not in prompt:
+        if subject is not None and isinstance(prompt, str) and subject not in prompt:
             self.notes[SUBJECT_ABSENT] += 1
         try:
             return EditRequest(prompt=prompt, target_new=target_new, subject=subject, origin=self.origin, **more)

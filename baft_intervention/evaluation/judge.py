@@ -19,6 +19,13 @@ Names of a record's metrics (a group's name is put behind a slash, e.g. ``portab
 ``multi_hop``                         MQuAKE's accuracy of the case, by generated text that begins with the answer
 ``fluency``                           n-gram entropy (bits) of a sampled continuation of the edit's prompt
 ====================================  =================================================================================
+
+A metric of your own is one function and one line::
+
+    @register_metric("answer_length")
+    def answer_length(plan, scores, texts):
+        text = texts.get(plan.request.prompt)
+        return None if text is None else float(len(text.split()))
 """
 
 from __future__ import annotations
@@ -26,9 +33,10 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..errors import ConfigError
 from . import metrics as m
 from .plan import Question, RecordPlan
 from .scoring import QueryScore
@@ -37,6 +45,30 @@ ACCURACY = {"edit": "reliability", "rephrase": "generality", "portability": "por
 STILL = {"locality": "locality", "unrelated": "unrelated"}
 SUCCESS = {"edit": "efficacy", "rephrase": "paraphrase", "locality": "neighbourhood"}
 _SENTENCE = re.compile(r"\n|[.!?](\s|$)")
+
+RecordMetric = Callable[[RecordPlan, Sequence[QueryScore], Mapping[str, str]], float | None]
+_REGISTRY: dict[str, RecordMetric] = {}
+
+
+def register_metric(name: str) -> Callable[[RecordMetric], RecordMetric]:
+    """Decorator: add a metric of a record to every evaluation, under ``name`` in its records and summary.
+
+    The function gets the record's plan, the scores of the plan's queries in order (argmax ids and log-probabilities of the
+    edited and the unedited model), and the generated texts by prompt (empty where nothing is generated). It gives a number,
+    or None where the record has no value; a summary holds the mean over the records that have one.
+
+    Raises:
+        ConfigError: the name is taken by another function.
+    """
+
+    def register(metric: RecordMetric) -> RecordMetric:
+        known = _REGISTRY.get(name)
+        if known is not None and known.__qualname__ != metric.__qualname__:
+            raise ConfigError(f"the metric {name!r} is taken by {known.__qualname__}; choose another name")
+        _REGISTRY[name] = metric
+        return metric
+
+    return register
 
 
 def judge(
@@ -68,6 +100,10 @@ def judge(
         table["multi_hop"] = m.multi_hop_accuracy(hops)
     if sample is not None:
         table["fluency"] = m.ngram_entropy(sample)
+    for name, metric in _REGISTRY.items():
+        if name in table:
+            raise ConfigError(f"the metric {name!r} has the name of one of the library's own; choose another name")
+        table[name] = metric(plan, scores, texts or {})
     return dict(sorted(table.items())), probes
 
 

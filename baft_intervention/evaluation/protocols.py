@@ -30,6 +30,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from ..chat import render_request
 from ..errors import BaftError, ConfigError, EditError
 from ..requests import EditRequest
 from .edited import EditedModel
@@ -163,6 +164,7 @@ def run_protocol(
         folder: where the files are; those of a cut run of the same settings are continued.
         progress: show a bar with the time left.
     """
+    requests = [render_request(scorer.tokenizer, request) for request in requests]
     stages = stages_of(requests, plan)
     order = [[stage.checkpoint, i] for stage in stages for i in stage.asked]
     folder = Path(folder)

@@ -20,6 +20,7 @@ import datasets
 import torch
 from torch import Tensor
 
+from ..chat import render_request
 from ..config import BaftConfig
 from ..errors import ConfigError, DataError
 from ..positions import PositionRule, pad_locations
@@ -99,7 +100,7 @@ def make_edit_data_module(
     Raises:
         DataError: no rows, or a row without a needed column.
         RequestError, PositionError: a row that cannot be encoded; the message says which.
-        ConfigError: ``num_interventions`` below 1.
+        ConfigError: ``num_interventions`` below 1, or ``positions`` that are no rule.
     """
     if isinstance(num_interventions, bool) or not isinstance(num_interventions, int) or num_interventions < 1:
         raise ConfigError(f"num_interventions is {num_interventions!r}; it must be a whole number of at least 1")
@@ -116,7 +117,7 @@ def make_edit_data_module(
 def _encode(tokenizer: Any, data: Iterable[Any], settings: BaftConfig, count: int, name: str) -> datasets.Dataset:
     columns: dict[str, list[Any]] = {column: [] for column in COLUMNS}
     for request in _requests(data, settings, name):
-        row = encode_request(tokenizer, request, settings)
+        row = encode_request(tokenizer, render_request(tokenizer, request), settings)
         columns["input_ids"].append(row.ids)
         columns["labels"].append(row.labels)
         columns["attention_mask"].append([1] * len(row.ids))

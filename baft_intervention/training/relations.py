@@ -30,3 +30,8 @@ CENTRE_RELATIONS = (
 def ask(relation: str, subject: str) -> str:
     """The statement-form prompt of a relation: ``The capital of Canada is``."""
     return f"The {relation} of {subject} is"
+
+
+def ask_in_chat(relation: str, subject: str) -> str:
+    """The same as a user of a chat model asks it: ``What is the capital of Canada?``."""
+    return f"What is the {relation} of {subject}?"

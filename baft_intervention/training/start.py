@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..chat import around_question
 from ..config import BaftConfig
 from ..errors import PositionError
 from ..models import find_blocks, hidden_size
@@ -18,7 +19,7 @@ from ..weighting import EditContext, SharedContext, WeightingNetwork
 from .bank import Bank
 from .engine import Job, edit_seed, encode_request, make_maps
 from .reading import read_blocks
-from .relations import CENTRE_RELATIONS, ask
+from .relations import CENTRE_RELATIONS, ask, ask_in_chat
 
 
 def shared_context(network: WeightingNetwork, bank: Bank, layer: int, read_layer: int | None) -> SharedContext | None:
@@ -92,8 +93,10 @@ def edit_contexts(
             ids = encode_prompt(tokenizer, opening)
             rows.append(ids)
             columns.append(prompt_positions(_SUBJECT, tokenizer, opening, ids, request.subject))
+            before, behind = around_question(request)
+            asking = ask_in_chat if request.messages else ask  # in a conversation the last token is the template's
             for relation in CENTRE_RELATIONS:
-                ids = encode_prompt(tokenizer, ask(relation, request.subject or ""))
+                ids = encode_prompt(tokenizer, before + asking(relation, request.subject or "") + behind)
                 rows.append(ids)
                 columns.append([len(ids) - 1])
     if not rows:

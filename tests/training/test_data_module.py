@@ -162,7 +162,7 @@ def written(hidden: torch.Tensor, module: BasisWeightedMap, places: list[int]) -
         ([7], "last", DataError, r"data\[0\] is 7"),
         ([{"prompt": "a", "target_new": " "}], "last", RequestError, r"data\[0\].*target_new is empty"),
         ([{"prompt": "a b", "target_new": "c", "subject": "x"}], "subject", PositionError, r"data\[0\].*'x'.*'a b'"),
-        ([{"prompt": "a", "target_new": "b"}], "first", PositionError, "positions is 'first'"),
+        ([{"prompt": "a", "target_new": "b"}], "first", ConfigError, "positions is 'first'"),
     ],
 )
 def test_bad_rows_are_named(data: Any, positions: str, error: type[Exception], match: str) -> None:
