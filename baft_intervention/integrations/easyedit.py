@@ -1,0 +1,343 @@
+"""EasyEdit's door: BaFT as one more of its editing methods.
+
+EasyEdit calls a method as ``apply_algo(model, tok, requests, hparams, copy=…, return_orig_weights=…, …)``, evaluates what
+comes back, and takes the edit back with the second value. This module speaks that language; nothing here imports EasyEdit
+but :func:`register`::
+
+    from easyeditor import BaseEditor
+    from baft_intervention.integrations import easyedit
+
+    easyedit.register()
+    hparams = easyedit.BaFTHyperParams.from_hparams("llama-3-8b")  # a shipped one, or the path of a YAML file
+    metrics, edited_model, _ = BaseEditor.from_hparams(hparams).edit(prompts=…, target_new=…, subject=…)
+
+*Where a prompt ends.* EasyEdit's evaluation feeds prompt and answer in one sequence and does not say where the prompt ends,
+and an edit sits at the prompt's end. :class:`EditedModel` therefore knows every prompt that a request brings (its own, its
+rephrase, locality and portability prompts) and looks up the longest that a row begins with; a row that begins with none of
+them is taken to be all prompt, as in generation.
+
+*Sequential editing.* EasyEdit hands over the same base model again and again; further calls add edits to it, until the
+restore callable is called.
+"""
+
+from __future__ import annotations
+
+import copy as copying
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Edit
+from ..config import BaftConfig
+from ..editor import BaftEditor
+from ..errors import ConfigError, RequestError
+from ..requests import EditRequest
+from ..tokenization import encode_prompt
+
+ALG_NAME = "BaFT"
+HPARAMS = Path(__file__).with_name("hparams")  # the YAML files that are shipped
+_PLACEHOLDER = "<|endoftext|>"  # EasyEdit's ground_truth where a user gives none
+_STATE = "_baft_easyedit"  # name of the attribute that keeps a model's edits on the model itself
+
+
+@dataclass
+class BaFTHyperParams:
+    """What EasyEdit reads of a method's settings, and the settings of the edit.
+
+    Args:
+        model_name: hub id or folder of the base model; EasyEdit loads it.
+        config: settings of the edit; in YAML its fields stand beside the others.
+        device: GPU number, EasyEdit's.
+        max_length: tokens to which EasyEdit's evaluation cuts a prompt.
+        batch_size: requests that EasyEdit's ``batch_edit`` hands over at once; its other modes ask for 1.
+        model_parallel, fp16: how EasyEdit loads the model.
+        alg_name: EasyEdit's name of the method.
+    """
+
+    model_name: str
+    config: BaftConfig = field(default_factory=BaftConfig)
+    device: int = 0
+    max_length: int = 40
+    batch_size: int = 1
+    model_parallel: bool = False
+    fp16: bool = False
+    alg_name: str = ALG_NAME
+
+    @classmethod
+    def from_hparams(cls, hparams_name_or_path: str | Path) -> BaFTHyperParams:
+        """Read a YAML file by path (the suffix may be left out), or a shipped one by name.
+
+        Raises:
+            ConfigError: no such file, another method's, an unknown setting or a bad value; the message names them.
+        """
+        import yaml
+
+        path = _find(hparams_name_or_path)
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
+        return cls.from_dict(data, where=f"{path}: ")
+
+    @classmethod
+    def from_dict(cls, data: Any, *, where: str = "") -> BaFTHyperParams:
+        """From the flat mapping that a YAML file holds."""
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"{where}settings must be a mapping, got {type(data).__name__}")
+        if data.get("alg_name") != ALG_NAME:
+            raise ConfigError(f"{where}alg_name is {data.get('alg_name')!r}; it must be {ALG_NAME!r}")
+        own = {f.name: f for f in dataclasses.fields(cls) if f.name != "config"}
+        kinds = {f.name: type(f.default) for f in dataclasses.fields(BaftConfig)}
+        values: dict[str, Any] = {}
+        settings: dict[str, Any] = {}
+        for name, value in data.items():
+            if name in own:
+                wanted = str if name == "model_name" else type(own[name].default)
+                if type(value) is not wanted:
+                    raise ConfigError(f"{where}{name} is {value!r}; it must be of type {wanted.__name__}")
+                values[name] = value
+            elif kinds.get(name) is float and isinstance(value, str):
+                settings[name] = _number(value)  # YAML takes 1e-2 for a text, and EasyEdit for a number
+            else:
+                settings[name] = value
+        if not values.get("model_name"):
+            raise ConfigError(f"{where}model_name is missing; give the base model's hub id or folder")
+        return cls(**values, config=BaftConfig.from_dict(settings, where=where))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The flat mapping again."""
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "config"}
+        return {**data, **self.config.to_dict()}
+
+
+def shipped_hparams() -> tuple[str, ...]:
+    """Names of the YAML files that come with the package."""
+    return tuple(sorted(path.stem for path in HPARAMS.glob("*.yaml")))
+
+
+def _find(name: str | Path) -> Path:
+    for path in (Path(name), Path(f"{name}.yaml"), HPARAMS / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    raise ConfigError(
+        f"there is no settings file {str(name)!r}; give a YAML file, or one of {', '.join(shipped_hparams())}"
+    )
+
+
+def _number(text: str) -> Any:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def register() -> None:
+    """Make the method known to an installed EasyEdit under :data:`ALG_NAME`.
+
+    Raises:
+        ImportError: EasyEdit is not installed.
+    """
+    from easyeditor.util.alg_dict import ALG_DICT  # pyright: ignore[reportMissingImports]
+
+    ALG_DICT[ALG_NAME] = apply_baft_to_model
+
+
+def to_edit_request(request: Mapping[str, Any]) -> EditRequest:
+    """The part of an EasyEdit request that is trained on; what it is evaluated with stays EasyEdit's.
+
+    Raises:
+        RequestError: ``prompt`` or ``target_new`` is missing or no text.
+    """
+    if not isinstance(request, Mapping):
+        raise RequestError(f"a request must be an object with prompt and target_new, got {type(request).__name__}")
+    truth = request.get("ground_truth")
+    truths = (truth,) if isinstance(truth, str) and truth.strip() and truth != _PLACEHOLDER else ()
+    values: dict[str, Any] = {"prompt": request.get("prompt"), "target_new": request.get("target_new")}
+    if missing := [name for name, value in values.items() if value is None]:
+        raise RequestError(f"field {missing[0]!r} is missing; the request has {', '.join(map(repr, request))}")
+    return EditRequest(**values, subject=request.get("subject") or None, target_true=truths)
+
+
+def prompts_of(request: Mapping[str, Any]) -> list[str]:
+    """Every prompt that a request brings with it, each once."""
+    found: list[Any] = [request.get(name) for name in ("prompt", "rephrase_prompt", "loc_prompt")]
+    for kind in ("locality", "portability"):
+        groups = request.get(kind) or {}
+        found += [group.get("prompt") for group in groups.values() if isinstance(group, Mapping)]
+    texts = [text for item in found for text in (item if isinstance(item, (list, tuple)) else [item])]
+    return list(dict.fromkeys(text for text in texts if isinstance(text, str) and text.strip()))
+
+
+class _State:
+    """The edits of one base model, and the prompts that are known to belong to them."""
+
+    def __init__(self, editor: BaftEditor):
+        self.editor = editor
+        self.prompts: set[tuple[int, ...]] = set()
+
+    def learn(self, request: Mapping[str, Any]) -> None:
+        self.prompts |= {tuple(encode_prompt(self.editor.tokenizer, text)) for text in prompts_of(request)}
+
+    def prompt_length(self, row: Sequence[int]) -> int:
+        for length in sorted({len(prompt) for prompt in self.prompts}, reverse=True):
+            if length <= len(row) and tuple(row[:length]) in self.prompts:
+                return length
+        return len(row)
+
+
+class EditedModel(nn.Module):
+    """A base model with its edits, in the shape in which EasyEdit asks a model.
+
+    Calls and ``generate`` go to the base model, whose edits act; anything else that is asked for is the base model's.
+
+    Args:
+        state: edits and known prompts.
+    """
+
+    def __init__(self, state: _State):
+        super().__init__()
+        self.model: Any = state.editor.model
+        self.state = state
+
+    @property
+    def editor(self) -> BaftEditor:
+        return self.state.editor
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if not isinstance(ids, Tensor) or kwargs.get("past_key_values") is not None:
+            return self.model(*args, **kwargs)
+        mask = kwargs.get("attention_mask")
+        keep = torch.ones_like(ids) if mask is None else mask
+        rows = [row[seen != 0].tolist() for row, seen in zip(ids, keep, strict=True)]
+        with self.editor.adapter.prompts([self.state.prompt_length(row) for row in rows]):
+            return self.model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """``generate`` of the base model, the edits in force."""
+        return self.model.generate(*args, **kwargs)
+
+
+class Restore:
+    """Puts a model's edits back to what they were before one call of :func:`apply_baft_to_model`.
+
+    EasyEdit calls the restore value of some methods, and of every other one it writes ``.items()``, the original weights,
+    back into the model. BaFT has changed no weight; asking for its items takes the edits back and gives none.
+    """
+
+    def __init__(self, state: _State, before: tuple[Edit, ...]):
+        self._state, self._before = state, before
+
+    def __call__(self) -> None:
+        editor = self._state.editor
+        editor.adapter.set_edits(self._before)
+        if not self._before:
+            editor.detach()  # the state stays with the model: the next edit need not fit the gates anew
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        self()
+        return iter(())
+
+
+def apply_baft_to_model(
+    model: Any,
+    tok: Any,
+    requests: Sequence[Mapping[str, Any]],
+    hparams: BaFTHyperParams,
+    copy: bool = False,
+    return_orig_weights: bool = False,
+    keep_original_weight: bool = False,
+    **kwargs: Any,
+) -> tuple[EditedModel, Restore]:
+    """Edit a model as EasyEdit asks for it.
+
+    Args:
+        model: the base model, or what an earlier call gave; its weights are not written.
+        tok: its tokenizer.
+        requests: EasyEdit's requests; several are one batch.
+        hparams: settings.
+        copy: leave ``model`` alone and edit a copy of it.
+        return_orig_weights, keep_original_weight: of methods that change weights; without meaning here.
+        **kwargs: what EasyEdit hands to other methods (``train_ds``); without meaning here.
+
+    Returns:
+        ``(edited model, restore)``: see :class:`EditedModel` and :class:`Restore`.
+
+    Raises:
+        RequestError, PositionError, EditError: a request that cannot be edited; the model is as it was.
+        ConfigError: other settings than those of the edits that are on the model.
+    """
+    base = model.model if isinstance(model, EditedModel) else model
+    items = [requests] if isinstance(requests, Mapping) else list(requests)
+    wanted = [to_edit_request(request) for request in items]
+    if copy:
+        base = _copy_of(base)
+    state = _state_of(base, tok, hparams)
+    before = state.editor.edits
+    try:
+        state.editor.attach()
+        state.editor.edit(wanted)
+    except BaseException:
+        if not before:
+            state.editor.detach()
+        raise
+    setattr(base, _STATE, state)
+    for request in items:
+        state.learn(request)
+    return EditedModel(state), Restore(state, before)
+
+
+def _state_of(model: Any, tok: Any, hparams: BaFTHyperParams) -> _State:
+    """The model's own state, where it has one with these settings; else a new one, not attached."""
+    state: _State | None = getattr(model, _STATE, None)
+    if state is not None and state.editor.config == hparams.config and state.editor.tokenizer is tok:
+        return state
+    if state is not None and state.editor.edits:
+        raise ConfigError(
+            "the model has edits that were made with other settings or another tokenizer; call their restore first"
+        )
+    editor = BaftEditor(model, tok, hparams.config, model_name=hparams.model_name)
+    editor.detach()
+    return _State(editor)
+
+
+def _copy_of(model: Any) -> Any:
+    """A deep copy with the same edits: hooks and what they belong to are made anew, not copied."""
+    state: _State | None = getattr(model, _STATE, None)
+    if state is None:
+        return copying.deepcopy(model)
+    delattr(model, _STATE)
+    attached = state.editor.adapter.attached
+    state.editor.detach()
+    try:
+        twin = copying.deepcopy(model)
+    finally:
+        if attached:
+            state.editor.attach()
+        setattr(model, _STATE, state)
+    editor = BaftEditor(twin, state.editor.tokenizer, state.editor.config, model_name=state.editor.model_name)
+    editor.adapter.shared = {layer: dict(tensors) for layer, tensors in state.editor.adapter.shared.items()}
+    editor.adapter.set_edits(state.editor.edits)
+    again = _State(editor)
+    again.prompts = set(state.prompts)
+    setattr(twin, _STATE, again)
+    return twin
