@@ -45,6 +45,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_edit(commands)
     _add_generate(commands)
+    _add_inspect(commands)
     _add_list(commands)
     _add_undo(commands)
     _add_validate(commands)
@@ -175,6 +176,26 @@ def _add_generate(commands: Any) -> None:
     how.add_argument("--beams", type=_whole(1), metavar="N", help="beam search with N beams")
     how.add_argument("--count", type=_whole(1), default=1, metavar="N", help="answers a prompt (--sample or --beams)")
     how.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="of --sample; default: 0")
+    _add_place(parser)
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "inspect",
+        "see why an edit acts on a prompt, or does not",
+        "Shows, token by token, how much each basis of an edit acts on a prompt, or would act, and says in one line an\n"
+        "edit why: whether the prompt names its subject, and whether it asks its relation rather than another one.",
+        '  baft inspect --adapter japan --prompt "The currency of Japan is the"\n'
+        '  baft inspect --adapter japan --prompt "Japan\'s capital is" --png why.png',
+    )
+    parser.add_argument("--adapter", metavar="DIR", required=True, help="an adapter folder, written by baft edit")
+    parser.add_argument("--prompt", metavar="TEXT", required=True, help="the prompt to look at")
+    parser.add_argument("--png", metavar="FILE", help="draw the heat maps there, too")
+    parser.add_argument(
+        "--top", type=_whole(1), default=3, metavar="N", help="edits to show, the best fitting; default: 3"
+    )
+    parser.add_argument("--model", metavar="M", help="where the base model is now, if it was moved")
     _add_place(parser)
 
 

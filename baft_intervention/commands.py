@@ -1,4 +1,4 @@
-"""What ``baft edit``, ``generate``, ``list``, ``undo`` and ``validate`` do."""
+"""What ``baft edit``, ``generate``, ``inspect``, ``list``, ``undo`` and ``validate`` do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from .chat import render_request
 from .cli import BAD_INPUT, FAILED, OK
 from .config import BaftConfig
-from .console import Output
+from .console import Output, can_show, one_line
 from .data import load_requests, validate
 from .editor import BaftEditor, EditReport
 from .errors import AdapterError, BaftError, ConfigError, DataError, EditError, RequestError
@@ -289,6 +289,47 @@ def _decoding(args: argparse.Namespace) -> dict[str, Any]:
     if args.count > 1:
         options["num_return_sequences"] = args.count
     return options
+
+
+# ------------------------------------------------------------------------------------------- inspect
+
+
+def run_inspect(args: argparse.Namespace, out: Output) -> int:
+    from .analysis import to_plain
+    from .inspection import ASCII, BLOCKS, heat_lines, inspect_prompt
+
+    [prompt] = _prompts(argparse.Namespace(prompt=[args.prompt], prompts=None))
+    if args.png is not None:
+        from .plots import png_path
+
+        png_path(args.png)  # refused now and not after the model is loaded
+    editor = _open_editor(args)
+    if not editor.edits:
+        raise AdapterError(
+            f"{args.adapter} holds no edit; add one with: baft edit --adapter {args.adapter} --edits FILE"
+        )
+    found = inspect_prompt(editor, prompt, top=args.top)
+    if args.png is not None:
+        from .plots import draw_inspection, save
+
+        save(draw_inspection(found), args.png)
+    out.say(f"edits that act on {found.prompt!r}: {len(found.acting)} of {found.total}", style="bold")
+    shades = BLOCKS if can_show(BLOCKS) else ASCII
+    for view in found.edits:
+        out.say()
+        out.say(one_line(f"{view.id}: {view.prompt} -> {view.target} (block {view.layer})"), style="bold")
+        out.say(f"  {view.reason}", style="green" if view.acts else "yellow")
+        for line, acts in heat_lines(found, view, shades=shades):
+            out.say(line, style="bold green" if acts else "")
+    out.say()
+    steps = ("0", "to 1/4", "to 1/2", "to 3/4", "to 1")
+    out.say(
+        f"weights: {', '.join(f'{s} {t}' for s, t in zip(shades, steps, strict=True))}; * edited token, elsewhere what it would be"
+    )
+    if args.png is not None:
+        out.say(f"drawn in {args.png}")
+    out.result({"adapter": args.adapter, "png": args.png, **to_plain(found)})
+    return OK
 
 
 # ------------------------------------------------------------------------------------------- list, undo, validate

@@ -99,6 +99,15 @@ def one_line(value: object) -> str:
     return "".join(c if unicodedata.category(c) not in ("Cc", "Cs") else "�" for c in text)
 
 
+def can_show(text: str) -> bool:
+    """Whether stdout's encoding has the characters."""
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def set_up_logging(*, quiet: bool, debug: bool) -> None:
     """The library's messages on stderr; transformers only speaks up about errors."""
     logger = logging.getLogger("baft_intervention")
