@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ from .weighting import WeightingNetwork, make_weighting, weighting_class
 
 logger = logging.getLogger(__name__)
 _PROMPT = PositionRule("prompt")
+_AT_ONCE = 1 << 22  # numbers of evidence computed together: edits times tokens, 16 MiB
 
 
 @dataclass(frozen=True)
@@ -88,25 +89,101 @@ class BaftAdapter:
             raise AdapterError(
                 f"rank is {config.rank}, but the model's hidden size is {self.embed_dim}; lower the rank"
             )
-        self.edits: tuple[Edit, ...] = ()
+        self._edits: dict[str, Edit] = {}
+        self._of_prompt: dict[str, list[str]] = {}  # prompt -> ids of the edits that ask it
         self.shared: dict[int, dict[str, Tensor]] = {layer: {} for layer in self.layers}
         self._tracker = CallTracker(model)
         self._handles: list[Any] = []
         self._enabled = True
         self._stacks: dict[tuple[int, torch.device], EditStack] = {}
-        self._subjects: list[list[int]] = []
+        self._used: dict[int, Tensor] | None = None  # the sums of used(), once they are asked for
+        self._subjects: list[list[int]] | None = None
 
     # ------------------------------------------------------------------------------------------ edits
 
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        return tuple(self._edits.values())
+
+    def __len__(self) -> int:
+        return len(self._edits)
+
+    def find(self, edit_id: str) -> Edit | None:
+        """The edit of this id, or None."""
+        return self._edits.get(edit_id)
+
+    def asking(self, prompts: Iterable[str]) -> list[Edit]:
+        """Edits that ask any of the prompts, in the prompts' order."""
+        ids = dict.fromkeys(name for prompt in prompts for name in self._of_prompt.get(prompt, ()))
+        return [self._edits[name] for name in ids]
+
+    def add(self, edit: Edit) -> None:
+        """Put an edit behind the others, in a time that does not depend on how many there are.
+
+        Raises:
+            AdapterError: another edit has its id.
+        """
+        self.extend([edit])
+
+    def remove(self, edit_id: str) -> Edit:
+        """Take an edit out; what is left is what would be there had it never been.
+
+        Raises:
+            AdapterError: no edit has this id.
+        """
+        if edit_id not in self._edits:
+            raise AdapterError(f"there is no edit {edit_id!r} in the adapter")
+        if self._stacks:
+            index = next(i for i, name in enumerate(self._edits) if name == edit_id)
+            for stack in self._stacks.values():
+                stack.remove(index)
+        edit = self._edits.pop(edit_id)
+        for request in edit.requests:
+            asking = [name for name in self._of_prompt[request.prompt] if name != edit_id]
+            if asking:
+                self._of_prompt[request.prompt] = asking
+            else:
+                del self._of_prompt[request.prompt]
+        self._used = self._subjects = None
+        return edit
+
     def set_edits(self, edits: Sequence[Edit]) -> None:
-        """Replace the list of edits, at once or not at all."""
-        ids = [edit.id for edit in edits]
-        if len(set(ids)) != len(ids):
-            twice = next(i for i in ids if ids.count(i) > 1)
-            raise AdapterError(f"two edits are called {twice!r}; undo the first, or give the second another id")
-        subjects = [r.subject for e in edits for r in e.requests if r.subject] if self.config.rule.needs_subject else []
-        variants = subject_variants(self.tokenizer, subjects)
-        self.edits, self._subjects, self._stacks = tuple(edits), variants, {}
+        """Replace the list of edits, at once or not at all.
+
+        Raises:
+            AdapterError: two edits have one id.
+        """
+        before = self._edits, self._of_prompt, self._stacks, self._used
+        self._edits, self._of_prompt, self._stacks, self._used = {}, {}, {}, None
+        try:
+            self.extend(edits)
+        except BaseException:
+            self._edits, self._of_prompt, self._stacks, self._used = before
+            raise
+
+    def extend(self, edits: Sequence[Edit]) -> None:
+        """Put several edits behind the others, all or none; errors as :meth:`add`."""
+        new: set[str] = set()
+        for edit in edits:
+            if edit.id in self._edits or edit.id in new:
+                raise AdapterError(f"two edits are called {edit.id!r}; undo the first, or give the second another id")
+            new.add(edit.id)
+        for (layer, _), stack in self._stacks.items():
+            stack.extend([edit.tensors[layer] for edit in edits])
+        for edit in edits:
+            self._edits[edit.id] = edit
+            for request in edit.requests:
+                self._of_prompt.setdefault(request.prompt, []).append(edit.id)
+            if self._used is not None:
+                self._used = {layer: used + edit.used[layer] for layer, used in self._used.items()}
+        self._subjects = None
+
+    def _subject_ids(self) -> list[list[int]]:
+        """Token id sequences of the edits' subjects, where the position rule asks for subjects."""
+        if self._subjects is None:
+            asked = [r.subject for e in self._edits.values() for r in e.requests if r.subject]
+            self._subjects = subject_variants(self.tokenizer, asked) if self.config.rule.needs_subject else []
+        return self._subjects
 
     @property
     def routed(self) -> bool:
@@ -124,20 +201,30 @@ class BaftAdapter:
 
     def used(self) -> dict[int, Tensor]:
         """``layer -> (r,)`` use of the bases by all edits."""
-        zero = torch.zeros(self.config.rank)
-        return {layer: sum((edit.used[layer] for edit in self.edits), zero) for layer in self.layers}
+        if self._used is None:
+            zero = torch.zeros(self.config.rank)
+            self._used = {layer: sum((e.used[layer] for e in self._edits.values()), zero) for layer in self.layers}
+        return self._used
 
     def stack(self, layer: int, device: torch.device) -> EditStack:
-        """The layer's edits on a device; built at first use after a change."""
+        """The layer's edits on a device; built at first use, and kept up to date from then on."""
         key = (layer, device)
         if key not in self._stacks:
-            edits = [{n: t.to(device) for n, t in edit.tensors[layer].items()} for edit in self.edits]
+            edits = [edit.tensors[layer] for edit in self._edits.values()]
             self._stacks[key] = EditStack(self.network(layer).to(device), edits)
         return self._stacks[key]
 
     def num_stored(self) -> int:
         """Numbers kept for the edits, trained or not (what they share is not counted)."""
-        return sum(t.numel() for e in self.edits for tensors in e.tensors.values() for t in tensors.values())
+        first = next(iter(self._edits.values()), None)  # all edits of an adapter have the same shapes
+        return (
+            0 if first is None else len(self) * sum(t.numel() for own in first.tensors.values() for t in own.values())
+        )
+
+    def stored_bytes(self) -> int:
+        """Bytes of :meth:`state`: the edits' tensors, their use of the bases, and what they share; all fp32."""
+        shared = sum(t.numel() for own in self.shared.values() for t in own.values())
+        return 4 * (self.num_stored() + len(self) * len(self.layers) * self.config.rank + shared)
 
     def trained_parameters(self) -> int:
         """Numbers that training changes for one edit: the map's and the weighting network's parameters on all layers."""
@@ -189,7 +276,7 @@ class BaftAdapter:
 
     def _read(self, hidden: Tensor) -> None:
         """Keep, for each edit and row, how surely the prompt names the edit's subject: its best token's evidence."""
-        if not self._enabled or not self.edits:
+        if not self._enabled or not self._edits:
             return
         call = self._tracker.current()
         found = call.positions(_PROMPT, [], hidden.shape[0], hidden.shape[1])
@@ -197,21 +284,26 @@ class BaftAdapter:
             return
         row, column = (index.to(hidden.device) for index in found)
         x = hidden[row, column].float()  # (P, d)
+        piece = max(1, _AT_ONCE // len(self))
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             for layer in self.layers:
-                each = self.stack(layer, hidden.device).evidence(x)  # (E, P)
-                best = torch.full((each.shape[0], hidden.shape[0]), -1.0, device=each.device)
-                call.evidence[layer] = best.scatter_reduce(1, row.expand_as(each), each, "amax", include_self=True)
+                stack = self.stack(layer, hidden.device)
+                best = torch.full((len(stack), hidden.shape[0]), -1.0, device=hidden.device)  # (E, B)
+                for tokens, rows in zip(x.split(piece), row.split(piece), strict=True):
+                    each = stack.evidence(tokens)  # (E, p)
+                    best.scatter_reduce_(1, rows.expand_as(each), each, "amax", include_self=True)
+                call.evidence[layer] = best
 
     def _change(self, layer: int, hidden: Tensor) -> Tensor | None:
-        if not self._enabled or not self.edits:
+        if not self._enabled or not self._edits:
             return None
-        found = self._tracker.current().positions(self.config.rule, self._subjects, hidden.shape[0], hidden.shape[1])
+        call, rows = self._tracker.current(), (hidden.shape[0], hidden.shape[1])
+        found = call.positions(self.config.rule, self._subject_ids(), *rows)
         if found is None:
             return None
         row, column = (index.to(hidden.device) for index in found)
         x = hidden[row, column].float()  # (P, d)
-        evidence = self._tracker.current().evidence.get(layer)
+        evidence = call.evidence.get(layer)
         if evidence is not None:
             evidence = evidence.to(hidden.device)[:, row]  # (E, P)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -222,12 +314,8 @@ class BaftAdapter:
 
     def state(self) -> dict[str, Tensor]:
         """All tensors under their names on disk: ``layers.<n>.edits.<name> (E, ...)``, ``layers.<n>.shared.<name>``."""
-        state = {}
+        state = edits_state(self.edits)
         for layer in self.layers:
-            for name in self.edits[0].tensors[layer] if self.edits else ():
-                state[f"layers.{layer}.edits.{name}"] = torch.stack([e.tensors[layer][name] for e in self.edits])
-            if self.edits:
-                state[f"layers.{layer}.edits.used"] = torch.stack([e.used[layer] for e in self.edits])
             for name, tensor in self.shared[layer].items():
                 state[f"layers.{layer}.shared.{name}"] = tensor
         return {name: tensor.contiguous().cpu() for name, tensor in state.items()}
@@ -237,6 +325,25 @@ class BaftAdapter:
 
         Raises:
             AdapterError: a tensor that is missing, unknown, of another shape or dtype, or not finite.
+        """
+        shared, loaded = self.read_state(state, edits, where)
+        before = self.shared
+        try:
+            self.shared = shared
+            for layer in self.layers:
+                self.network(layer)  # shapes of the shared state
+            self.set_edits(loaded)
+        except (RuntimeError, AdapterError) as error:
+            self.shared = before
+            raise AdapterError(f"{where}{error}") from None
+
+    def read_state(
+        self, state: Mapping[str, Tensor], edits: Sequence[Mapping[str, Any]], where: str = ""
+    ) -> tuple[dict[int, dict[str, Tensor]], list[Edit]]:
+        """``(shared, edits)`` of :meth:`state`'s tensors and their summaries; this adapter stays as it is.
+
+        Raises:
+            AdapterError: as :meth:`load_state`.
         """
         expected: dict[str, tuple[int, ...] | None] = {}
         for layer in self.layers:
@@ -274,21 +381,22 @@ class BaftAdapter:
             if kind == "shared":
                 shared[int(number)][rest] = tensor
                 continue
-            for i in range(len(edits)):
+            for i, row in enumerate(tensor.unbind(0)):
                 if rest == "used":
-                    used[i][int(number)] = tensor[i].clone()
+                    used[i][int(number)] = row
                 else:
-                    own[i][int(number)][rest] = tensor[i].clone()
-        loaded = [_edit_from(summary, own[i], used[i], f"{where}edits[{i}]: ") for i, summary in enumerate(edits)]
-        before = self.shared
-        try:
-            self.shared = shared
-            for layer in self.layers:
-                self.network(layer)  # shapes of the shared state
-            self.set_edits(loaded)
-        except (RuntimeError, AdapterError) as error:
-            self.shared = before
-            raise AdapterError(f"{where}{error}") from None
+                    own[i][int(number)][rest] = row
+        return shared, [_edit_from(summary, own[i], used[i], f"{where}edits[{i}]: ") for i, summary in enumerate(edits)]
+
+
+def edits_state(edits: Sequence[Edit]) -> dict[str, Tensor]:
+    """The tensors of E edits under their names on disk: ``layers.<n>.edits.<name> (E, ...)``; none without edits."""
+    state = {}
+    for layer in edits[0].tensors if edits else ():
+        for name in edits[0].tensors[layer]:
+            state[f"layers.{layer}.edits.{name}"] = torch.stack([edit.tensors[layer][name] for edit in edits])
+        state[f"layers.{layer}.edits.used"] = torch.stack([edit.used[layer] for edit in edits])
+    return state
 
 
 def _edit_from(summary: Mapping[str, Any], tensors: dict, used: dict, where: str) -> Edit:

@@ -8,6 +8,7 @@ import logging
 import os
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +18,17 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .adapter import BaftAdapter, Edit
+from .adapter import BaftAdapter, Edit, edits_state
 from .chat import is_conversation, render_chat, render_request
 from .config import BaftConfig
-from .errors import AdapterError, ConfigError, EditError, RequestError
+from .errors import AdapterError, ConfigError, EditError, RequestError, StoreError
 from .hub import CARD, fetched_adapter, is_repo_id, model_card, push_folder
+from .merge import MergeReport, OnConflict, check_same_coordinates, plan_merge
 from .models import config_hash, give_pad_token, load_model, model_fingerprint
 from .requests import EditRequest
 from .stack import is_shared
-from .storage import DESCRIPTION, library_versions, read_directory, write_directory
+from .storage import DESCRIPTION, library_versions, read_directory
+from .store import Store, write_directory
 from .tokenization import encode_prompt, pad_rows, pad_token_id
 from .training.bank import Bank, get_bank
 from .training.engine import Surroundings, encode_request, make_engine
@@ -33,6 +36,7 @@ from .training.start import make_jobs, shared_context
 
 logger = logging.getLogger(__name__)
 _CHUNK = 64  # edits that are prepared and handed to the engine together
+_SLACK = 1 << 20  # bytes of a log that are never worth a new snapshot
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ class BaftEditor:
         self.model_name = model_name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         self.bank_texts = None if bank_texts is None else tuple(bank_texts)
         self._cached_bank: Bank | None = None
+        self._store: Store | None = None
         give_pad_token(tokenizer, self.model_name)
         self.adapter = BaftAdapter(model, tokenizer, self.config)
         self.adapter.attach()
@@ -136,17 +141,77 @@ class BaftEditor:
         return cls(model, tokenizer, config, model_name=name, bank_texts=bank_texts)
 
     @classmethod
+    def open(
+        cls,
+        folder: str | os.PathLike[str],
+        model: str | os.PathLike[str] | None = None,
+        config: BaftConfig | None = None,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        bank_texts: Sequence[str] | None = None,
+    ) -> BaftEditor:
+        """An editor whose edits live in a folder: each is on the disk before the call that made it returns.
+
+        A folder that holds an adapter is gone on with; the last edit that was committed is there, however the process that
+        made it ended. Nobody else can write to the folder until :meth:`close` (or the end of a ``with`` block).
+
+        Args:
+            folder: of an adapter, an empty one, or none, which is made.
+            model: name of the base model; needed for a new adapter, and for one whose base model was moved.
+            config: settings; those of an adapter that is there already may differ only in what training reads.
+            device, dtype, bank_texts: as :meth:`from_pretrained`.
+
+        Example::
+
+            with BaftEditor.open("edits", "smollm2-135m") as editor:
+                editor.edit(requests)  # killed in the middle, it loses at most what it was training
+
+        Raises:
+            StoreError: another process has it open, it cannot be written to, or its log is damaged.
+            AdapterError: it holds something else, or an adapter that does not fit.
+        """
+        store, given = Store(folder), {"device": device, "dtype": dtype, "bank_texts": bank_texts}
+        name = os.fspath(folder)
+        try:
+            if not store.fresh:
+                editor = cls._from_adapter(
+                    store.path, name, None, model=None if model is None else os.fspath(model), **given
+                )
+                if config is not None:
+                    _check_settings(editor.config, config, name)
+                    editor.config = config
+            elif model is None:
+                raise ConfigError(f"{name} holds no adapter yet; say which model is to be edited, e.g. 'smollm2-135m'")
+            else:
+                editor = cls.from_pretrained(model, config, **given)
+            editor._keep(store)
+        except BaseException:
+            store.close(discard=True)
+            raise
+        return editor
+
+    @classmethod
     def _from_adapter(
-        cls, folder: str | Path, name: str, config: BaftConfig | None, *, device: Any, dtype: Any, bank_texts: Any
+        cls,
+        folder: str | Path,
+        name: str,
+        config: BaftConfig | None,
+        *,
+        device: Any,
+        dtype: Any,
+        bank_texts: Any,
+        model: str | None = None,
     ) -> BaftEditor:
         if config is not None:
             raise ConfigError(f"{name!r} is an adapter and has its own settings; leave config out")
         state, description = read_directory(folder)
         base = description["base_model"]
-        dtype = dtype or base.get("dtype")
-        model, tokenizer = load_model(base["name"], device=device, dtype=dtype, revision=base.get("revision"))
+        given = {"device": device, "dtype": dtype or base.get("dtype")}
+        base_name = model or base["name"]
+        loaded, tokenizer = load_model(base_name, revision=None if model else base.get("revision"), **given)
         config = BaftConfig.from_dict(description["config"], where=f"{name}: ")
-        editor = cls(model, tokenizer, config, model_name=base["name"], bank_texts=bank_texts)
+        editor = cls(loaded, tokenizer, config, model_name=base_name, bank_texts=bank_texts)
         try:
             editor._take(state, description, f"{name}: ")
         except BaseException:
@@ -199,16 +264,21 @@ class BaftEditor:
             AdapterError: damaged, of another model or schema, or of other settings than this editor's.
         """
         state, description = read_directory(path)
-        theirs = BaftConfig.from_dict(description["config"], where=f"{path}: ")
-        for field in dataclasses.fields(BaftConfig):
-            if getattr(theirs, field.name) != getattr(self.config, field.name) and field.name not in _TRAINING_ONLY:
-                raise AdapterError(
-                    f"{path}: the adapter has {field.name} = {getattr(theirs, field.name)!r}, this editor "
-                    f"{getattr(self.config, field.name)!r}; load it with BaftEditor.from_pretrained"
-                )
+        before = self.adapter.shared, self.edits
+        _check_settings(BaftConfig.from_dict(description["config"], where=f"{path}: "), self.config, os.fspath(path))
         self._take(state, description, f"{os.fspath(path)}: ")
+        try:
+            self.compact()
+        except BaseException:
+            self.adapter.shared = before[0]
+            self.adapter.set_edits(before[1])
+            raise
 
     def _take(self, state: Mapping[str, Any], description: Mapping[str, Any], where: str) -> None:
+        self._check_base(description, where)
+        self.adapter.load_state(state, description["edits"], where)
+
+    def _check_base(self, description: Mapping[str, Any], where: str) -> None:
         base = description["base_model"]
         for what, here in (("config_hash", config_hash(self.model)), ("fingerprint", model_fingerprint(self.model))):
             if base.get(what) != here:
@@ -221,7 +291,6 @@ class BaftEditor:
             raise AdapterError(
                 f"{where}layers are {description['layers']}, the settings say {list(self.adapter.layers)}"
             )
-        self.adapter.load_state(state, description["edits"], where)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> Path:
         """Write the edits to a folder (``adapter.safetensors`` and ``adapter.json``), atomically.
@@ -229,16 +298,75 @@ class BaftEditor:
         Raises:
             AdapterError: the folder holds something else, or cannot be written.
         """
+        if self._store is not None and Path(path).expanduser().resolve() == self._store.path.resolve():
+            self.compact()
+            return self._store.path
+        return write_directory(path, self.adapter.state(), self._description())
+
+    def _description(self) -> dict[str, Any]:
         dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
         base = {
             "name": self.model_name, "revision": getattr(self.model.config, "_commit_hash", None), "dtype": dtype,
             "fingerprint": model_fingerprint(self.model), "config_hash": config_hash(self.model),
         }  # fmt: skip
-        description = {
+        return {
             "base_model": base, "config": self.config.to_dict(), "layers": list(self.adapter.layers),
             "edits": [edit.summary() for edit in self.adapter.edits], "versions": library_versions(),
         }  # fmt: skip
-        return write_directory(path, self.adapter.state(), description)
+
+    def keep_in(self, folder: str | os.PathLike[str]) -> None:
+        """From now on every change is in ``folder`` before the call that makes it returns; see :meth:`open`.
+
+        An editor without edits takes those that the folder holds; one with edits needs a folder without.
+
+        Raises:
+            StoreError: both have edits, another process has the folder open, it cannot be written to, its log is damaged.
+            AdapterError: it holds something else, or an adapter that does not fit.
+        """
+        if self._store is not None:
+            raise StoreError(f"the edits are kept in {self._store.path} already; close() the editor first")
+        store = Store(folder)
+        try:
+            if not store.fresh:
+                if len(self.adapter):
+                    raise StoreError(
+                        f"{store.path} holds an adapter, and this editor has {len(self.adapter)} edits of its own; "
+                        "give another folder, or merge() the one into the other"
+                    )
+                self.load_adapter(folder)
+            self._keep(store)
+        except BaseException:
+            store.close(discard=True)
+            raise
+
+    def _keep(self, store: Store) -> None:
+        if self._prepare() or store.fresh:
+            store.seal(self.adapter.state(), self._description())
+        self._store = store
+
+    def compact(self) -> None:
+        """Make one snapshot of the folder's snapshot and log; does nothing for an editor that is not kept in a folder.
+
+        It is done by itself where more than half of the log is about edits that are gone.
+        """
+        if self._store is not None:
+            self._store.seal(self.adapter.state(), self._description())
+
+    def close(self, *, discard: bool = False) -> None:
+        """Let others write to the folder; the edits stay on the model, and from now on in memory only.
+
+        Args:
+            discard: leave a folder that held no adapter before as it was then.
+        """
+        if self._store is not None:
+            self._store.close(discard=discard)
+            self._store = None
+
+    def __enter__(self) -> BaftEditor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def attach(self) -> None:
         """Put the edits back on the model after :meth:`detach`."""
@@ -271,22 +399,25 @@ class BaftEditor:
             RequestError: an empty list, two requests with one prompt, a target of no token.
             PositionError: a position rule that finds no token, e.g. a subject that is not in its prompt.
             EditError: a loss that is not finite.
+            StoreError: the editor is kept in a folder that cannot be written to.
         """
         begin = time.perf_counter()
         items = [requests] if isinstance(requests, EditRequest) else list(requests)
         items = [render_request(self.tokenizer, r) if isinstance(r, EditRequest) else r for r in items]
         self._check(items)
         self._prepare()
-        replaced = tuple(e.id for e in self.edits if {r.prompt for r in e.requests} <= {r.prompt for r in items})
+        replaced = self._superseded(items)
         groups = [tuple(items)] if self.config.allocation == "joint" else [(item,) for item in items]
-        before = self.edits
+        before, waiting = self.edits, _Waiting(replaced)
         done: list[Edit] = []
+        marks = [self._store and self._store.mark()]  # of the log, after each edit that is done
         engine = make_engine(self.model, self.tokenizer, self.config, self.adapter.layers)
         # edits that compete are independent and train together; those that add up train on top of each other
         chunk = _CHUNK if self.adapter.routed else 1
         bar = tqdm(total=len(groups), desc="editing", unit="edit", disable=not progress, dynamic_ncols=True)
         try:
-            self.adapter.set_edits([e for e in before if e.id not in replaced])
+            for edit in replaced:
+                self.adapter.remove(edit.id)
             with self.adapter.enabled(False), bar:
                 for first in range(0, len(groups), chunk):
                     jobs = make_jobs(
@@ -298,24 +429,44 @@ class BaftEditor:
                             job.requests[0].id, job.requests, trained.tensors, trained.used, trained.loss, trained.steps,
                             trained.seconds, trained.reached,
                         )  # fmt: skip
-                        self.adapter.set_edits([*self.edits, edit])
+                        self._commit(edit, waiting.superseded_by(edit))
+                        marks.append(self._store and self._store.mark())
                         done.append(edit)
                         bar.update()
         except KeyboardInterrupt:
             logger.warning("interrupted: %d of %d edits are finished and stay", len(done), len(groups))
             finished = {r.prompt for e in done for r in e.requests}
             self.adapter.set_edits([e for e in before if not {r.prompt for r in e.requests} <= finished] + done)
+            self._roll_back(marks[len(done)])
             raise
         except BaseException:
             self.adapter.set_edits(before)
+            self._roll_back(marks[0])
             raise
+        if self._store is not None and self._store.log_bytes > 2 * self.adapter.stored_bytes() + _SLACK:
+            self.compact()
         for edit in done:
             if not edit.reached:
                 logger.warning(
                     "%s: after %d steps the model does not give the whole target (loss %.3f); raise steps or rank",
                     edit.requests[0].where, edit.steps, edit.loss,
                 )  # fmt: skip
-        return EditReport(tuple(done), replaced, time.perf_counter() - begin)
+        return EditReport(tuple(done), tuple(edit.id for edit in replaced), time.perf_counter() - begin)
+
+    def _superseded(self, items: Sequence[EditRequest]) -> list[Edit]:
+        """Edits that ask nothing but what these requests ask anew."""
+        prompts = {item.prompt: item for item in items}
+        return [e for e in self.adapter.asking(prompts) if all(r.prompt in prompts for r in e.requests)]
+
+    def _commit(self, edit: Edit, gone: Sequence[str]) -> None:
+        """Put a finished edit, and that others went for it, on the disk and then into the adapter."""
+        if self._store is not None:
+            self._store.append(gone, [edit.summary()], edits_state([edit]))
+        self.adapter.add(edit)
+
+    def _roll_back(self, mark: Any) -> None:
+        if self._store is not None:
+            self._store.rollback(mark)
 
     def undo(self, edit_id: str) -> Edit:
         """Take one edit back and return it.
@@ -326,16 +477,57 @@ class BaftEditor:
         Raises:
             EditError: no edit of this id, or one that was trained jointly with others.
         """
+        edit = self.find(edit_id)
+        if self._store is not None:
+            self._store.append([edit.id])
+        return self.adapter.remove(edit.id)
+
+    def find(self, edit_id: str) -> Edit:
+        """The edit of this id.
+
+        Raises:
+            EditError: there is none, or it is a request that was trained jointly with others.
+        """
+        edit = self.adapter.find(edit_id)
+        if edit is not None:
+            return edit
         for edit in self.edits:
-            if edit.id == edit_id:
-                self.adapter.set_edits([e for e in self.edits if e.id != edit_id])
-                return edit
             if any(r.id == edit_id for r in edit.requests):
                 raise EditError(
                     f"request {edit_id!r} was trained jointly in edit {edit.id!r}; undo that one as a whole"
                 )
         known = ", ".join(e.id for e in self.edits[:10]) or "none"
-        raise EditError(f"there is no edit {edit_id!r}; edits: {known}{' …' if len(self.edits) > 10 else ''}")
+        raise EditError(f"there is no edit {edit_id!r}; edits: {known}{' …' if len(self.adapter) > 10 else ''}")
+
+    def merge(self, path: str | os.PathLike[str], *, on_conflict: OnConflict = "error") -> MergeReport:
+        """Take in the edits of an adapter folder of the same base model and settings; all or nothing.
+
+        Edits that both have stay as they are here. Where both answer a prompt differently, ``on_conflict`` says what is done.
+        A prompt and its paraphrase are two prompts: that they contradict each other is not noticed.
+
+        Args:
+            path: the other adapter.
+            on_conflict: ``error``, or whose answer stays: ``ours`` (this editor's) or ``theirs``.
+
+        Raises:
+            AdapterError: it is damaged or does not fit, its edits add up (see :func:`~baft_intervention.merge.plan_merge`), or
+                conflicts.
+        """
+        state, description = read_directory(path)
+        where = f"{os.fspath(path)}: "
+        _check_settings(BaftConfig.from_dict(description["config"], where=where), self.config, os.fspath(path))
+        self._check_base(description, where)
+        shared, theirs = self.adapter.read_state(state, description["edits"], where)
+        if theirs:
+            self._prepare()
+            check_same_coordinates(self.adapter.shared, shared, where)
+        coming, report = plan_merge(self.adapter, theirs, on_conflict)
+        if self._store is not None and (coming or report.replaced):
+            self._store.append(report.replaced, [edit.summary() for edit in coming], edits_state(coming))
+        for name in report.replaced:
+            self.adapter.remove(name)
+        self.adapter.extend(coming)
+        return report
 
     def _check(self, items: Sequence[EditRequest]) -> None:
         if not items:
@@ -353,14 +545,15 @@ class BaftEditor:
                 )
             prompts[item.prompt] = item
             encode_request(self.tokenizer, item, self.config)
-        taken = {e.id for e in self.edits if not {r.prompt for r in e.requests} <= set(prompts)}
-        ids = [item.id for item in items]
+        going = {edit.id for edit in self._superseded(items)}
+        ids = Counter(item.id for item in items)
         for item in items:
-            if item.id in taken or ids.count(item.id) > 1:
+            if ids[item.id] > 1 or (item.id not in going and self.adapter.find(item.id) is not None):
                 raise RequestError(f"{item.where}: the id {item.id!r} is taken by another edit; choose another id")
 
-    def _prepare(self) -> None:
-        """Fit what the edits of each layer share, before the first edit."""
+    def _prepare(self) -> bool:
+        """Fit what the edits of each layer share, before the first edit; whether that was to be done."""
+        fitted = False
         for layer in self.adapter.layers:
             network = self.adapter.network(layer)
             if network.shared and not self.adapter.shared[layer]:
@@ -369,6 +562,8 @@ class BaftEditor:
                 network.fit_shared(bank.unrelated[layer], context)
                 state = network.state_dict()
                 self.adapter.shared[layer] = {n: t.clone() for n, t in state.items() if is_shared(network, n)}
+                fitted = True
+        return fitted
 
     def _bank(self) -> Bank:
         """The bank, once an editor; empty where nothing asks for it."""
@@ -386,10 +581,11 @@ class BaftEditor:
 
     def _surroundings(self) -> Surroundings:
         earlier = {}
-        if self.edits and not self.adapter.routed:
+        if len(self.adapter) and not self.adapter.routed:
             for layer in self.adapter.layers:
                 earlier[layer] = lambda x, layer=layer: self.adapter.stack(layer, x.device).update(x)
-        return Surroundings(self._bank().unrelated, self.adapter.used(), earlier)
+        used = self.adapter.used() if self.config.balance_coefficient else {}
+        return Surroundings(self._bank().unrelated, used, earlier)
 
     # ------------------------------------------------------------------------------------------ asking
 
@@ -440,6 +636,37 @@ class BaftEditor:
             else:
                 answers += decoded
         return answers[0] if single else answers
+
+
+class _Waiting:
+    """Edits that go as soon as others have asked all their prompts anew."""
+
+    def __init__(self, edits: Sequence[Edit]):
+        self._left = {edit.id: {r.prompt for r in edit.requests} for edit in edits}
+        self._asking: dict[str, list[str]] = {}
+        for name, prompts in self._left.items():
+            for prompt in prompts:
+                self._asking.setdefault(prompt, []).append(name)
+
+    def superseded_by(self, edit: Edit) -> list[str]:
+        """Ids of those that go with this edit and the ones before it."""
+        gone = []
+        for request in edit.requests:
+            for name in self._asking.get(request.prompt, ()):
+                self._left[name].discard(request.prompt)
+                if not self._left[name]:
+                    gone.append(name)
+        return gone
+
+
+def _check_settings(theirs: BaftConfig, ours: BaftConfig, where: str) -> None:
+    """Refuse an adapter whose tensors mean something else with our settings."""
+    for field in dataclasses.fields(BaftConfig):
+        if getattr(theirs, field.name) != getattr(ours, field.name) and field.name not in _TRAINING_ONLY:
+            raise AdapterError(
+                f"{where}: the adapter has {field.name} = {getattr(theirs, field.name)!r}, this editor "
+                f"{getattr(ours, field.name)!r}; load it with BaftEditor.from_pretrained"
+            )
 
 
 # settings that only training reads: an adapter made with others answers the same

@@ -29,6 +29,10 @@ class AdapterError(BaftError, ValueError):
     """A saved adapter cannot be loaded: truncated, tampered with, of another model or schema."""
 
 
+class StoreError(AdapterError):
+    """A folder of edits cannot be opened for writing, or written: another writer, a full disk, damage; nothing is lost."""
+
+
 class DataError(BaftError, ValueError):
     """A data file or record cannot be read; the message names file, line or index, and field."""
 

@@ -1,4 +1,9 @@
-"""The edits of one layer as stacked tensors: one batch of maps instead of a loop over edits."""
+"""The edits of one layer as stacked tensors: one batch of maps instead of a loop over edits.
+
+What every input is compared with (the weighting's tensors: keys, thresholds) is stacked over edits in rows with room to
+spare, so that adding an edit costs the same whether it is the tenth or the ten-thousandth. Where edits compete, only the
+maps of those that win are looked at, and these stay where they are: ``E`` edits are kept once.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from .functional import baft_update, baft_update_each
+from .functional import baft_update
 from .weighting import WeightingNetwork
 
 MAP_TENSORS = ("rotation", "source_weight", "source_bias")
 _PREFIX = "weighting."
 _CANDIDATES = 32  # edits of one subject that a position is compared with; far more than there are
+_SMALLEST = 16  # rows that a stack begins with
 
 
 class _Match(nn.Module):
@@ -39,6 +45,47 @@ def is_shared(network: WeightingNetwork, name: str) -> bool:
     return name.split(".", 1)[0] in network.shared
 
 
+class Rows:
+    """Tensors of E edits stacked by name: ``name -> (E, ...)``, with room for more.
+
+    The room doubles when it is used up: n rows added one by one are n copies of a row and at most n more for moving house.
+    """
+
+    def __init__(self) -> None:
+        self._room: dict[str, Tensor] = {}  # name -> (capacity, ...)
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def extend(self, rows: Sequence[Mapping[str, Tensor]]) -> None:
+        """Add one row for each mapping ``name -> tensor``; all have the same names and shapes."""
+        if not rows:
+            return
+        begin, end = self._count, self._count + len(rows)
+        with torch.inference_mode(False), torch.no_grad():  # a tensor of inference mode could not be written to later
+            for name, like in rows[0].items():
+                room = self._room.get(name)
+                if room is None or len(room) < end:
+                    larger = like.new_empty(max(_SMALLEST, end, 2 * begin), *like.shape)
+                    if room is not None:
+                        larger[:begin] = room[:begin]
+                    self._room[name] = room = larger
+                room[begin:end] = rows[0][name] if len(rows) == 1 else torch.stack([row[name] for row in rows])
+        self._count = end
+
+    def remove(self, index: int) -> None:
+        """Take row ``index`` out; those behind it move up, so the order stays."""
+        with torch.inference_mode(False), torch.no_grad():
+            for room in self._room.values():
+                room[index : self._count - 1] = room[index + 1 : self._count].clone()
+        self._count -= 1
+
+    def views(self) -> dict[str, Tensor]:
+        """``name -> (E, ...)``; no copies."""
+        return {name: room[: self._count] for name, room in self._room.items()}
+
+
 class WeightingStack:
     """One weighting network with the parameters of E edits.
 
@@ -49,9 +96,13 @@ class WeightingStack:
 
     def __init__(self, network: WeightingNetwork, state: Mapping[str, Tensor]):
         self.network, self._match, self._evidence = network, _Match(network), _Evidence(network)
-        shared = {n: t for n, t in network.state_dict().items() if is_shared(network, n)}
-        self.state = {**state, **shared}
-        self._dims = {n: None if n in shared else 0 for n in self.state}
+        self._shared = {n: t for n, t in network.state_dict().items() if is_shared(network, n)}
+        self.set_state(state)
+
+    def set_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take the parameters of other edits: ``name -> (E, ...)``."""
+        self.state = {**state, **self._shared}
+        self._dims = {n: None if n in self._shared else 0 for n in self.state}
 
     def on_all(self, x: Tensor) -> Tensor:
         """Every edit's weights for the same input: ``(P, d) -> (E, P, r)``."""
@@ -97,24 +148,45 @@ class WeightingStack:
 
 
 class EditStack:
-    """All edits of one layer, for inference.
+    """All edits of one layer, for inference; edits can be added and taken out.
 
     Routed networks compete: each position gets the update of its best-matching edit alone. Others are summed.
 
     Args:
-        network: the weighting network's structure with its shared tensors.
+        network: the weighting network's structure with its shared tensors, on the device where the stack is used.
         edits: for each edit its tensors, ``rotation (r, d)``, ``source_weight (r, d)``, ``source_bias (r,)`` and
             ``weighting.<name>``.
     """
 
-    def __init__(self, network: WeightingNetwork, edits: Sequence[Mapping[str, Tensor]]):
-        stacked = {n: torch.stack([e[n] for e in edits]) for n in edits[0]}
-        self.rotation, self.source, self.bias = (stacked.pop(n) for n in MAP_TENSORS)  # (E, r, d) (E, r, d) (E, r)
-        self.weighting = WeightingStack(network, {n[len(_PREFIX) :]: t for n, t in stacked.items()})
+    def __init__(self, network: WeightingNetwork, edits: Sequence[Mapping[str, Tensor]] = ()):
         self.routed = network.routed
+        tensors = [*network.parameters(), *network.buffers()]
+        self._device = tensors[0].device if tensors else None
+        self._maps: list[tuple[Tensor, Tensor, Tensor]] = []  # R (r, d), A (r, d), b (r,) of each edit
+        self._stacked_maps = Rows()  # the same where all of them act: what is summed is computed at once
+        self._keys = Rows()
+        self.weighting = WeightingStack(network, {})
+        self.extend(edits)
 
     def __len__(self) -> int:
-        return self.rotation.shape[0]
+        return len(self._maps)
+
+    def extend(self, edits: Sequence[Mapping[str, Tensor]]) -> None:
+        """Add edits behind those that are there."""
+        moved = [{n: t if self._device is None else t.to(self._device) for n, t in edit.items()} for edit in edits]
+        self._maps += [(edit["rotation"], edit["source_weight"], edit["source_bias"]) for edit in moved]
+        if not self.routed:
+            self._stacked_maps.extend([{n: edit[n] for n in MAP_TENSORS} for edit in moved])
+        self._keys.extend([{n[len(_PREFIX) :]: t for n, t in e.items() if n.startswith(_PREFIX)} for e in moved])
+        self.weighting.set_state(self._keys.views())
+
+    def remove(self, index: int) -> None:
+        """Take an edit out; the order of the others stays."""
+        del self._maps[index]
+        if not self.routed:
+            self._stacked_maps.remove(index)
+        self._keys.remove(index)
+        self.weighting.set_state(self._keys.views())
 
     def evidence(self, x: Tensor) -> Tensor:
         """Every edit's evidence at the read layer: ``(P, d) -> (E, P)``."""
@@ -129,35 +201,46 @@ class EditStack:
         """
         x = x.float()
         if len(self) == 1 and evidence is None:
-            return self._single(x)[0]
+            return self._single(x)
         if self.routed:
-            return self._routed(x, evidence)[0]
+            return self._of_winners(x, *self._route(x, evidence))
         weights = self.weighting.on_all(x)  # (E, P, r)
-        return baft_update(x.expand(len(self), *x.shape), self.rotation, self.source, self.bias, weights).sum(0)
+        maps = self._stacked_maps.views()
+        rotation, source, bias = (maps[name] for name in MAP_TENSORS)  # (E, r, d) (E, r, d) (E, r)
+        return baft_update(x.expand(len(self), *x.shape), rotation, source, bias, weights).sum(0)
 
     def weights(self, x: Tensor, evidence: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``(w, edit)``: of a routed network the winner's weights ``(P, r)`` and index ``(P,)``; else ``w (E, P, r)``."""
         x = x.float()
         if self.routed:
-            return self._routed(x, evidence)[1:]
+            return self._route(x, evidence)
         return self.weighting.on_all(x), torch.arange(len(self), device=x.device)
 
-    def _single(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Update and weights of the only edit: the arithmetic of a BasisWeightedMap, bit for bit."""
-        weights = self.weighting.on_all(x)[0]
-        return baft_update(x, self.rotation[0], self.source[0], self.bias[0], weights), weights
+    def _single(self, x: Tensor) -> Tensor:
+        """Update of the only edit: the arithmetic of a BasisWeightedMap, bit for bit."""
+        return baft_update(x, *self._maps[0], self.weighting.on_all(x)[0])
 
-    def _routed(self, x: Tensor, evidence: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        if len(self) == 1 and evidence is None:  # nothing to choose
-            return *self._single(x), torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
-        if evidence is None:
-            best = self.weighting.match(x).argmax(0)  # (P,)
-            weights = self.weighting.on_own(x, self.weighting.picked(best))  # (P, r)
-        else:
+    def _route(self, x: Tensor, evidence: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Weights ``(P, r)`` of the best-matching edit of each position, and which it is ``(P,)``."""
+        if evidence is not None:
             best, found = self._among_candidates(x, evidence)
-            weights = self.weighting.on_own(x, self.weighting.picked(best), found)
-        update = baft_update_each(x, self.rotation[best], self.source[best], self.bias[best], weights)
-        return update, weights, best
+            return self.weighting.on_own(x, self.weighting.picked(best), found), best
+        if len(self) == 1:  # nothing to choose
+            return self.weighting.on_all(x)[0], torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
+        best = self.weighting.match(x).argmax(0)  # (P,)
+        return self.weighting.on_own(x, self.weighting.picked(best)), best
+
+    def _of_winners(self, x: Tensor, weights: Tensor, best: Tensor) -> Tensor:
+        """The winners' updates ``(P, d)``: 0 where no gate is open, and no map is touched there."""
+        won: dict[int, list[int]] = {}  # edit -> its positions
+        for position, edit in enumerate(torch.where((weights != 0).any(-1), best, -1).tolist()):
+            if edit >= 0:
+                won.setdefault(edit, []).append(position)
+        update = torch.zeros_like(x)
+        for edit, positions in won.items():
+            rows = torch.tensor(positions, device=x.device)
+            update = update.index_copy(0, rows, baft_update(x[rows], *self._maps[edit], weights[rows]))
+        return update
 
     def _among_candidates(self, x: Tensor, evidence: Tensor) -> tuple[Tensor, Tensor]:
         """The best-matching edit of each position, ``(P,)``, and its evidence, among those with the most evidence."""

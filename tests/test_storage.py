@@ -16,7 +16,8 @@ from safetensors.torch import load
 
 from baft_intervention.editor import BaftEditor
 from baft_intervention.errors import AdapterError, ConfigError
-from baft_intervention.storage import read_directory, write_directory
+from baft_intervention.storage import read_directory
+from baft_intervention.store import write_directory
 from edits import BANK, FACTS, FRANCE, LEO, PROMPTS, TOWER, adapter_bytes, config, hooks, tiny_editor, unchanged
 from tiny import tiny_model, tiny_tokenizer
 
@@ -365,14 +366,14 @@ def test_saving_again_replaces_the_adapter_whole(copy, other):
     assert [p.name for p in copy.parent.iterdir()] == [copy.name]  # nothing half-written beside it
 
 
-@pytest.mark.parametrize("at", ["fsync", "rename"])
-def test_a_write_that_fails_leaves_the_old_adapter(copy, other, monkeypatch, at):
+@pytest.mark.parametrize(("at", "call"), [("fsync", 1), ("fsync", 2), ("fsync", 3), ("replace", 1)])
+def test_a_write_that_fails_leaves_the_old_adapter(copy, other, monkeypatch, at, call):
     before = _bytes(copy)
     real, calls = getattr(os, at), []
 
     def fail(*args):
         calls.append(args)
-        if len(calls) == 2:  # the second file; the second of the two renames
+        if len(calls) == call:  # either file, the folder; the renaming that makes it so
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(*args)
 

@@ -66,9 +66,8 @@ class _BaftModel(EditedModel):
             raise as_edit_error(error, requests) from error
         edits = report.edits
         loss = sum(e.loss for e in edits) / len(edits)
-        stored = sum(t.numel() * t.element_size() for t in adapter.state().values())
         trained = adapter.trained_parameters() * len(edits)
-        self.cost = EditCost(max(e.steps for e in edits), loss, trained, stored)
+        self.cost = EditCost(max(e.steps for e in edits), loss, trained, adapter.stored_bytes())
         return self.cost
 
     def prompts(self, lengths: Sequence[int]) -> contextlib.AbstractContextManager[Any]:
