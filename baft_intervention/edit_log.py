@@ -155,6 +155,8 @@ def _read_record(file: BinaryIO, offset: int) -> tuple[Record, int] | None:
     try:
         header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
         change = json.loads(header["__metadata__"]["change"])
+        if not isinstance(change, dict):
+            raise ValueError("no object")
         return Record(number, offset, change, load_tensors(payload)), offset + HEADER_BYTES + length
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _Damage(f"its content is no change of an adapter: {error!r}") from None
