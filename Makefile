@@ -2,6 +2,7 @@
 # make test      set up, then lint, types, and all tests but those marked long
 # make test-pin  the quick tests on transformers 4.45.1, pyreft's own pin, in a second environment
 # make lint      ruff and pyright alone
+# make docs      build the reference of every module into build/reference
 # make wheel     build the wheel and try it in a fresh environment without pyreft, outside the tree
 # make clean     remove environments, caches and build results
 #
@@ -23,7 +24,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 PIP_FLAGS := -qq --no-input --no-compile $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-pin demo test test-pin lint format wheel clean
+.PHONY: help setup setup-pin demo test test-pin lint format docs wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -67,6 +68,9 @@ test: lint
 
 test-pin: $(PIN_READY)
 	$(PIN)/bin/python -m pytest -m "pin or (not slow and not long)" $(PYTEST_ARGS)
+
+docs: $(READY)
+	$(VENV)/bin/python docs/reference.py
 
 # dependencies are resolved from the wheel's own metadata here, held to the pinned versions
 wheel: $(READY)

@@ -25,6 +25,7 @@ __all__ = [
     "EditError",
     "EditReport",
     "EditRequest",
+    "Message",
     "ModelError",
     "PositionError",
     "Probe",
@@ -35,6 +36,10 @@ __all__ = [
     "load_model",
     "load_requests",
     "make_edit_data_module",
+    "register_format",
+    "register_method",
+    "register_metric",
+    "register_positions",
     "register_weighting",
 ]
 
@@ -54,6 +59,7 @@ _PUBLIC = {
     "EditError": "errors",
     "EditReport": "editor",
     "EditRequest": "requests",
+    "Message": "requests",
     "ModelError": "errors",
     "PositionError": "errors",
     "Probe": "requests",
@@ -63,6 +69,10 @@ _PUBLIC = {
     "load_model": "models",
     "load_requests": "data",
     "make_edit_data_module": "training.data_module",
+    "register_format": "data",
+    "register_method": "evaluation.methods",
+    "register_metric": "evaluation.judge",
+    "register_positions": "positions",
     "register_weighting": "weighting",
 }
 
@@ -72,7 +82,7 @@ if TYPE_CHECKING:
     from .adapter import BaftAdapter, Edit
     from .basis_map import BasisWeightedMap
     from .config import BaftConfig
-    from .data import load_facts, load_requests
+    from .data import load_facts, load_requests, register_format
     from .editor import BaftEditor, EditReport
     from .errors import (
         AdapterError,
@@ -84,9 +94,12 @@ if TYPE_CHECKING:
         PositionError,
         RequestError,
     )
+    from .evaluation.judge import register_metric
+    from .evaluation.methods import register_method
     from .intervention import BasisWeightedLoReFTIntervention
     from .models import load_model
-    from .requests import EditRequest, Probe
+    from .positions import register_positions
+    from .requests import EditRequest, Message, Probe
     from .training.data_module import make_edit_data_module
     from .training.trainer import BaftTrainer
     from .weighting import WeightingNetwork, register_weighting

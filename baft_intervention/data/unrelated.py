@@ -36,7 +36,7 @@ GROUP = "nq"
 _FIELDS = (("loc", "loc_ans"), ("question", "answers"), ("question", "answer"), ("question", "ground_truth"))
 _FIELDS += (("prompt", "answers"), ("prompt", "answer"), ("prompt", "ground_truth"), ("text", ""))
 
-Texts = str | Path | Iterable["str | Mapping[str, object] | Probe"]
+Texts = str | Path | Iterable[str | Mapping[str, object] | Probe]
 
 
 def normalised(prompt: str) -> str:
