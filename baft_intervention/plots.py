@@ -57,23 +57,28 @@ def png_path(path: str | Path) -> Path:
 
 def draw_inspection(found: Inspection) -> Figure:
     """Heat maps of basis weights, one panel an edit: a row for each token, a column for each basis."""
-    tokens = [repr(token)[1:-1] for token in found.tokens]
-    height = 0.24 * len(tokens) + 1.5
+    tokens = [_literal(repr(token)[1:-1]) for token in found.tokens]
+    height = 0.25 * len(tokens) + 1.6
     figure = Figure(figsize=(9.0, height * len(found.edits)), layout="constrained")
     for view, axes in zip(found.edits, figure.subplots(len(found.edits), 1, squeeze=False)[:, 0], strict=True):
         image = axes.imshow(view.weights, cmap=_HEAT, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-        labels = [f"{token}  ▸" if t in found.positions else token for t, token in enumerate(tokens)]
-        axes.set_yticks(range(len(tokens)), labels, fontsize=9)
-        for t, label in enumerate(axes.get_yticklabels()):
-            label.set_color(COLOURS[1] if t in view.acts else INK)
-            label.set_fontweight("bold" if t in view.acts else "normal")
-        rank = len(view.weights[0])
-        axes.set_xticks(range(rank) if rank <= 24 else range(0, rank, 8))
-        axes.set_xticklabels([str(k + 1) for k in (range(rank) if rank <= 24 else range(0, rank, 8))], fontsize=8)
-        axes.set_xlabel(f"basis (▸ edited token; block {view.layer})", fontsize=9, color=INK)
-        axes.set_title(f"{view.prompt} → {view.target}", fontsize=11, loc="left", fontweight="bold", color=INK, pad=22)
-        axes.text(0, 1.02, _wrapped(view.reason), transform=axes.transAxes, fontsize=8.5, color=INK, va="bottom")
         _bare(axes)
+        rank = len(view.weights[0])
+        bases = range(0, rank, 1 if rank <= 24 else 8)
+        axes.set_xticks(bases, [str(k + 1) for k in bases], fontsize=8)
+        axes.set_yticks(range(len(tokens)), [f"{n}  ▸" if t in found.positions else n for t, n in enumerate(tokens)])
+        for t, label in enumerate(axes.get_yticklabels()):
+            label.set(fontsize=9, color=COLOURS[1] if t in view.acts else INK)
+            label.set_fontweight("bold" if t in view.acts else "normal")
+            axes.axhline(t + 0.5, color="white", lw=1.5)
+        for k in bases:
+            axes.axvline(k + 0.5, color="white", lw=0.5)
+        axes.set_xlabel(f"basis (▸ edited token, block {view.layer})", fontsize=9, color=INK)
+        reason = _wrapped(_literal(view.reason))
+        pad = 10 + 12 * (1 + reason.count("\n"))
+        title = _literal(f"{view.prompt} → {view.target}")
+        axes.set_title(title, fontsize=11, loc="left", fontweight="bold", color=INK, pad=pad)
+        axes.text(0, 1.02, reason, transform=axes.transAxes, fontsize=8.5, color=INK, va="bottom")
         figure.colorbar(image, ax=axes, shrink=0.9, pad=0.015).ax.set_title("w", fontsize=9, color=INK)
     return figure
 
@@ -213,10 +218,10 @@ def draw_tension(found: Mapping[str, Sequence[Tension]], names: Mapping[str, str
             the bound takes last. The first edit is drawn in full.
         names: ``id -> label``.
     """
-    figure = Figure(figsize=(12.0, 0.27 * len(next(iter(found.values()))) + 2.2), layout="constrained")
+    figure = Figure(figsize=(12.0, max(4.4, 0.27 * len(next(iter(found.values()))) + 2.2)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
     drawn = list(found.values())
-    labels = [(names or {}).get(result.id, result.id) for result in drawn[0]]
+    labels = [_literal((names or {}).get(result.id, result.id)) for result in drawn[0]]
     # what both methods do alike is seen through the first one's rings
     looks = ({"s": 75, "facecolor": "none", "lw": 1.6}, {"s": 26, "lw": 0})
     for i, (colour, (name, results)) in enumerate(zip(COLOURS, found.items(), strict=False)):
@@ -232,11 +237,11 @@ def draw_tension(found: Mapping[str, Sequence[Tension]], names: Mapping[str, str
         [0, reach], [1, 1 - slope * reach], color=INK, lw=1.2, ls="--", label="least for a linear map of this slope"
     )
     left.scatter([0], [1], marker="*", s=150, color=INK, zorder=4)
-    left.annotate("the edit", (0, 1), xytext=(9, 7), textcoords="offset points", fontsize=9, color=INK)
+    left.annotate("the edit", (0, 1), xytext=(8, 6), textcoords="offset points", fontsize=9, color=INK)
     left.set_xlabel("distance from the edited input")
     left.set_ylabel("update / update at the edit")
     _title(left, labels[0])
-    left.set_ylim(bottom=-0.04)
+    left.set_ylim(-0.04, max(1.12, left.get_ylim()[1]))
     for i, result in enumerate(drawn[-1]):
         right.add_patch(_rectangle(result.least_leak, i, "#cbd5e1"))
     right.add_patch(_rectangle(0, -9, "#cbd5e1", label="no linear map as steady on the paraphrases"))
@@ -250,7 +255,7 @@ def draw_tension(found: Mapping[str, Sequence[Tension]], names: Mapping[str, str
     _title(right, "Root mean square over unrelated input, every edit")
     _style(left, right)
     for axes in (left, right):
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(fontsize=8, framealpha=0.85, edgecolor="none", loc="upper right" if axes is left else "best")
     return figure
 
 
@@ -292,6 +297,11 @@ def _title(axes: Any, text: str) -> None:
 def _bare(axes: Any) -> None:
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, colors=INK)
+
+
+def _literal(text: str) -> str:
+    """What matplotlib is to show as it is: dollar signs would begin a formula."""
+    return text.replace("$", r"\$")
 
 
 def _wrapped(text: str, width: int = 118) -> str:

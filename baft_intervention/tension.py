@@ -79,11 +79,18 @@ def read_texts(editor: BaftEditor, texts: Sequence[str], *, prefixes: bool = Fal
     Args:
         texts: prompts.
         prefixes: every beginning of a text is an input of its own (the model looks back only), the first token left out,
-            whose representation is that of any first token.
+            whose representation is that of any first token; a text of one token is left out.
+
+    Raises:
+        ConfigError: no text is left.
     """
     rows = [encode_prompt(editor.tokenizer, text) for text in texts]
     if prefixes:
         rows = [row for row in rows if len(row) > 1]
+    if not rows:
+        raise ConfigError(
+            f"none of the {len(texts)} texts has {2 if prefixes else 1} tokens; give more, or longer ones"
+        )
     columns = [list(range(1, len(row))) if prefixes else [len(row) - 1] for row in rows]
     return read_rows(editor, rows, columns)
 

@@ -270,6 +270,8 @@ def test_what_cannot_be_measured_is_said(tiny_llama, tokenizer):
     unrelated = read_texts(editor, BANK, prefixes=True)
     with pytest.raises(EditError, match="no edit is called 'rome'; there are 'france'"):
         tension(editor, "rome", PARAPHRASES, unrelated)
+    with pytest.raises(ConfigError, match="none of the 1 texts has 2 tokens; give more, or longer ones"):
+        read_texts(editor, ["a"], prefixes=True)
     with pytest.raises(ConfigError, match="edit 'france' comes without a paraphrase"):
         tension(editor, "france", [], unrelated)
     editor.detach()

@@ -165,7 +165,7 @@ def test_the_heat_map_has_a_line_a_token_and_a_cell_a_basis(edited, shades):
 
 def test_a_picture_is_a_png_and_the_same_bytes_again(edited, tmp_path):
     plots = pytest.importorskip("baft_intervention.plots")
-    found = inspect_prompt(edited, "The capital of\tFrance is $5 _now_")  # a tab, and what TeX would take for its own
+    found = inspect_prompt(edited, "The capital of\tFrance is $5_{ or $6^")  # a tab, and what would be a wrong formula
     for name in ("one.png", "two.png"):
         plots.save(plots.draw_inspection(found), tmp_path / name)
     first = (tmp_path / "one.png").read_bytes()
