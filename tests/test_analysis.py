@@ -130,6 +130,18 @@ def test_least_leak_is_below_every_linear_update_and_a_weight_undercuts_it(u, n,
     assert _mean_square(gated(x)) == 0.0 < bound or drift > 0
 
 
+def test_least_leak_is_the_inequality_at_its_best_k():
+    u = Affine(seed=1, rank=2, dim=6)
+    x, p, drift = u.unrelated(40), u.edited + 2 * u.normal(3, 6), 0.05
+    covariance, around = x.T.cov(correction=0), (p - u.edited).mT @ (p - u.edited) / 3
+    a, direct = u.edited - x.mean(0), []
+    for k in torch.logspace(-4, 4, 801).double():
+        direct.append(1 / float(1 + a @ torch.linalg.solve(covariance + k * around, a)) - float(k) * drift**2)
+    best = max(range(len(direct)), key=direct.__getitem__)
+    assert 0 < best < len(direct) - 1  # neither no paraphrase at all nor perfect steadiness
+    assert least_leak(u.edited, x, p, drift) == pytest.approx(direct[best] ** 0.5, rel=1e-3)
+
+
 def test_too_few_unrelated_inputs_say_nothing():
     x = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
     with pytest.raises(ConfigError, match="8 unrelated inputs do not span the 8 dimensions; give more texts"):
@@ -177,6 +189,8 @@ def test_weights_are_counted_from_the_end_and_over_prompts_that_are_long_enough(
     assert found.count["edited"] == tuple(sum(n >= 40 - i for n in lengths) for i in range(40))
     assert min(found.weight["edited"][-1]) > 0.95
     assert max(found.weight["other"][-1]) == 0.0
+    short = weights_by_position(editor, {"edited": own}, width=2)
+    assert short.weight["edited"] == found.weight["edited"][-2:]
     with pytest.raises(EditError, match="no edit is called 'rome'; there are 'france', 'leo', 'tower'"):
         weights_by_position(editor, {"edited": [("rome", "He was")]})
 
