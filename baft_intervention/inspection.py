@@ -259,17 +259,19 @@ def _view(
         evidence = each.max()
         if bool((each != 1.0).any()):  # 1 everywhere: the edit names no subject, so every prompt passes
             subject, subject_token = float(evidence), int(each.argmax())
+    over = 0.0
     related = True
     if positions and network.routed:
         at = seen[layer][list(positions)].cpu()  # (P, d)
         fits = network.match(at, None if evidence is None else evidence.expand(len(positions)))  # (P,)
         match, best = float(fits.max()), at[fits.argmax()]
-        related = float(network.match(best)) > 0
+        over = float(network.match(best))  # the relation question alone
+        related = over > 0
         if hasattr(network, "similarities"):
             own, nearest = network.similarities(best)
             relation, rival = float(own), (float(nearest) if nearest > _NO_RIVAL else None)
     token = "" if subject_token is None else editor.tokenizer.decode([ids[subject_token]])
-    said = _said(subject, token, relation, rival, match)
+    said = _said(subject, token, relation, rival, over if network.routed and positions else None)
     failed = [k for k, bad in (("subject", subject is not None and subject <= 0), ("relation", not related)) if bad]
     if acts:
         where = ", ".join(repr(editor.tokenizer.decode([ids[p]])) for p in acts[:3]) + (", …" if len(acts) > 3 else "")
@@ -292,18 +294,19 @@ def _sentence(verdict: str, said: Iterable[str]) -> str:
 
 
 def _said(
-    subject: float | None, token: str, relation: float | None, rival: float | None, match: float | None
+    subject: float | None, token: str, relation: float | None, rival: float | None, over: float | None
 ) -> dict[str, str]:
     """What the network answered, in words: ``subject`` and ``relation``, where it asks them."""
     said = {}
     if subject is not None:
         found = f"subject found at {token!r}" if subject > 0 else f"subject not found, nearest is {token!r}"
         said["subject"] = f"{found} ({subject:+.2f} from the threshold)"
-    if relation is not None:
-        against = "no rival" if rival is None else f"{rival:.2f} to the nearest other relation"
-        said["relation"] = f"similarity {relation:.2f} to its own relation, {against}"
-    elif match is not None:
-        said["relation"] = f"match {match:+.2f} from the threshold"
+    if over is not None:
+        what = f"match {over:+.2f}"
+        if relation is not None:
+            against = "no rival" if rival is None else f"{rival:.2f} to the nearest other"
+            what = f"similarity {relation:.2f} to its own relation, {against} ({over:+.2f}"
+        said["relation"] = f"{what} from the threshold" + ")" * (relation is not None)
     return said
 
 
