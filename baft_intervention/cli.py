@@ -48,6 +48,8 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_list(commands)
     _add_undo(commands)
+    _add_merge(commands)
+    _add_recover(commands)
     _add_validate(commands)
     _add_evaluate(commands, with_options=command == "evaluate")
     return parser
@@ -205,9 +207,10 @@ def _add_list(commands: Any) -> None:
         "list",
         "show the edits of an adapter",
         "Shows the edits of an adapter folder and what it was made for. The base model is not needed.",
-        "  baft list --adapter japan",
+        "  baft list --adapter japan\n  baft list --adapter many --find Osaka",
     )
     parser.add_argument("--adapter", metavar="DIR", required=True, help="an adapter folder, written by baft edit")
+    parser.add_argument("--find", metavar="TEXT", help="only edits with this text in id, prompt, subject or target")
 
 
 def _add_undo(commands: Any) -> None:
@@ -224,6 +227,41 @@ def _add_undo(commands: Any) -> None:
     parser.add_argument("--out", metavar="DIR", help="write the result here and leave the adapter as it is")
     parser.add_argument("--model", metavar="M", help="where the base model is now, if it was moved")
     _add_place(parser)
+
+
+def _add_merge(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "merge",
+        "put the edits of two adapters together",
+        "Takes the edits of another adapter of the same base model and settings into --adapter. What both have is kept once.\n"
+        "Where both answer one prompt differently, nothing is merged unless --on-conflict says whose answer stays.",
+        "  baft merge --adapter ours theirs --out both\n  baft merge --adapter ours theirs --on-conflict theirs",
+    )
+    parser.add_argument("other", metavar="OTHER", help="the adapter folder whose edits are taken in; it stays as it is")
+    parser.add_argument("--adapter", metavar="DIR", required=True, help="an adapter folder, written by baft edit")
+    parser.add_argument("--out", metavar="DIR", help="write the result to this new folder and leave --adapter as it is")
+    parser.add_argument(
+        "--on-conflict",
+        choices=("error", "ours", "theirs"),
+        default="error",
+        help="a prompt with two answers: refuse (the default), or keep that of --adapter, or of OTHER",
+    )
+    parser.add_argument("--model", metavar="M", help="where the base model is now, if it was moved")
+    _add_place(parser)
+
+
+def _add_recover(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "recover",
+        "keep what is whole of a damaged adapter",
+        "Copies what fits its checksums from a folder whose log is damaged (adapter.log) to a new folder, and says what is\n"
+        "lost. An edit that a lost record had replaced or undone is there again. The damaged folder stays as it is.",
+        "  baft recover --adapter japan --out mended",
+    )
+    parser.add_argument("--adapter", metavar="DIR", required=True, help="the damaged folder")
+    parser.add_argument("--out", metavar="DIR", required=True, help="a new folder for what is whole")
 
 
 def _add_validate(commands: Any) -> None:

@@ -1,11 +1,11 @@
-"""What ``baft edit``, ``generate``, ``inspect``, ``list``, ``undo`` and ``validate`` do."""
+"""What ``baft edit``, ``generate``, ``inspect``, ``list``, ``undo``, ``merge``, ``recover`` and ``validate`` do."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from .errors import AdapterError, BaftError, ConfigError, DataError, EditError, 
 from .models import load_model
 from .requests import EditRequest
 from .storage import DESCRIPTION, read_directory
+from .store import check_place, write_directory
 from .training.engine import encode_request
 
 # command-line options that are fields of BaftConfig; the first four decide what an adapter's tensors are
@@ -35,7 +36,14 @@ def run_edit(args: argparse.Namespace, out: Output) -> int:
     config = _settings(args)
     _check_system(args)
     data = load_requests(args.edits, args.task, limit=args.limit, skip_bad=args.skip_bad)
-    editor = _open_editor(args, config)
+    in_place = args.adapter is not None and place.resolve() == Path(args.adapter).expanduser().resolve()
+    editor = _open_editor(args, config, keep=in_place)
+    with editor:
+        return _edit(args, out, editor, data, place, keep=not in_place and not (place / DESCRIPTION).exists())
+
+
+def _edit(args: argparse.Namespace, out: Output, editor: BaftEditor, data: Any, place: Path, *, keep: bool) -> int:
+    """Edit, each edit on the disk as soon as it is finished; what ``--overwrite`` replaces stays until all are."""
     asked = [request.as_chat(args.system) if args.chat else request for request in data.requests]
     if args.skip_bad:
         requests, skipped = _usable(editor, asked)
@@ -49,17 +57,23 @@ def run_edit(args: argparse.Namespace, out: Output) -> int:
     shown = [request.prompt for request in requests[: args.show]]
     with editor.enabled(False):
         before = _ask(editor, shown)
+    if keep:
+        editor.keep_in(place)
     finished = {edit.id for edit in editor.edits}
     try:
         report = editor.edit(requests, progress=out.progress)
     except KeyboardInterrupt:
         new = [edit for edit in editor.edits if edit.id not in finished]
         if not new:
+            editor.close(discard=True)
             raise KeyboardInterrupt("interrupted before an edit was finished; nothing was written") from None
         editor.save_pretrained(place)
         raise KeyboardInterrupt(
             f"interrupted: {len(new)} of {len(requests)} edits are finished and saved in {place}"
         ) from None
+    except BaseException:
+        editor.close(discard=True)
+        raise
     after = _ask(editor, shown)
     editor.save_pretrained(place)
     _show_edit(out, report, requests, before, after, place, len(editor.edits))
@@ -114,21 +128,13 @@ def _place_of_result(args: argparse.Namespace) -> Path:
     if args.out is None and args.adapter is None:
         raise ConfigError("give --out DIR, the folder for the adapter")
     place = Path(args.out or args.adapter).expanduser()
-    _check_place(place)
+    check_place(place)
     same = args.adapter is not None and place.resolve() == Path(args.adapter).expanduser().resolve()
     if (place / DESCRIPTION).exists() and not (same or args.overwrite):
         raise AdapterError(
             f"{place} holds an adapter already; give --adapter {place} to add to it, or --overwrite to replace it"
         )
     return place
-
-
-def _check_place(place: Path) -> None:
-    """What ``write_directory`` would refuse as well, but before the work is done."""
-    if place.exists() and not place.is_dir():
-        raise AdapterError(f"{place} is a file; give the name of a folder for the adapter")
-    if place.is_dir() and any(place.iterdir()) and not (place / DESCRIPTION).is_file():
-        raise AdapterError(f"folder {place} is not empty and holds no adapter; choose a new folder")
 
 
 def _settings(args: argparse.Namespace) -> BaftConfig:
@@ -171,13 +177,18 @@ def _ask(editor: BaftEditor, prompts: Sequence[str]) -> list[str]:
     return editor.generate(list(prompts), max_new_tokens=_ANSWER_TOKENS) if prompts else []
 
 
-def _open_editor(args: argparse.Namespace, config: BaftConfig | None = None) -> BaftEditor:
-    """The editor of ``--adapter``, of ``--model``, or of an adapter whose base model is now elsewhere."""
+def _open_editor(args: argparse.Namespace, config: BaftConfig | None = None, *, keep: bool = False) -> BaftEditor:
+    """The editor of ``--adapter``, of ``--model``, or of an adapter whose base model is now elsewhere.
+
+    With ``keep``, ``--adapter`` is opened for writing: nobody else writes to it until the editor is closed.
+    """
     if args.adapter is None:
         return BaftEditor.from_pretrained(args.model or "smollm2-135m", config, device=args.device, dtype=args.dtype)
+    if not (Path(args.adapter).expanduser() / DESCRIPTION).is_file():
+        read_directory(args.adapter)  # otherwise it would be taken for a model, or made; this says what is wrong
+    if keep:
+        return BaftEditor.open(args.adapter, args.model, config, device=args.device, dtype=args.dtype)
     if args.model is None:
-        if not (Path(args.adapter).expanduser() / DESCRIPTION).is_file():
-            read_directory(args.adapter)  # from_pretrained would take it for a model; this says what is wrong
         editor = BaftEditor.from_pretrained(args.adapter, device=args.device, dtype=args.dtype)
         editor.config = config or editor.config
         return editor
@@ -332,12 +343,14 @@ def run_inspect(args: argparse.Namespace, out: Output) -> int:
     return OK
 
 
-# ------------------------------------------------------------------------------------------- list, undo, validate
+# ------------------------------------------------------------------------------------------- folders of edits
 
 
 def run_list(args: argparse.Namespace, out: Output) -> int:
     _, description = read_directory(args.adapter)
     base, config, edits = description["base_model"], description["config"], description["edits"]
+    if args.find is not None:
+        edits = [edit for edit in edits if any(args.find.casefold() in text for text in _searched(edit))]
     rows = []
     for edit in edits:
         facts = edit["steps"], f"{edit['loss']:.3f}", "ok" if edit["reached"] else "missed"
@@ -345,9 +358,11 @@ def run_list(args: argparse.Namespace, out: Output) -> int:
         rows += [(edit["id"], request.question, request.target_new, *facts) for request in asked]
     if rows:
         out.table(("edit", "prompt", "target", "steps", "loss", ""), rows, mark=5)
+    total = len(description["edits"])
     out.say(
-        f"{len(edits)} edit{'s' * (len(edits) != 1)} of {base['name']} ({base.get('dtype')}); weighting {config['weighting']}, "
-        f"rank {config['rank']}, layers {description['layers']}, positions {config['positions']}"
+        f"{'' if args.find is None else f'{len(edits)} of '}{total} edit{'s' * (total != 1)} of {base['name']} "
+        f"({base.get('dtype')}); weighting {config['weighting']}, rank {config['rank']}, layers {description['layers']}, "
+        f"positions {config['positions']}"
     )
     out.result(
         {
@@ -356,30 +371,77 @@ def run_list(args: argparse.Namespace, out: Output) -> int:
             "settings": config,
             "layers": description["layers"],
             "edits": edits,
+            "edits_in_adapter": total,
             "versions": description.get("versions", {}),
         }
     )
     return OK
 
 
+def _searched(edit: Mapping[str, Any]) -> list[str]:
+    """Where ``--find`` looks: the id, and of each request prompt, subject and target."""
+    requests = [request.get(name) for request in edit["requests"] for name in ("prompt", "subject", "target_new")]
+    return [text.casefold() for text in (edit["id"], *requests) if text]
+
+
 def run_undo(args: argparse.Namespace, out: Output) -> int:
     if bool(args.ids) == args.all:
         raise ConfigError("give the ids of the edits to undo (baft list shows them), or --all")
     place = Path(args.out or args.adapter).expanduser()
-    _check_place(place)
-    editor = _open_editor(args)
-    ids = [edit.id for edit in editor.edits] if args.all else list(dict.fromkeys(args.ids))
-    try:
-        undone = [editor.undo(name) for name in ids]
-    except EditError as error:
-        raise RequestError(f"{args.adapter}: {error}") from None
-    editor.save_pretrained(place)
+    check_place(place)
+    editor = _open_editor(args, keep=args.out is None)
+    with editor:
+        try:
+            undone = editor.undo_all([edit.id for edit in editor.edits] if args.all else list(dict.fromkeys(args.ids)))
+        except EditError as error:
+            raise RequestError(f"{args.adapter}: {error}") from None
+        editor.save_pretrained(place)
     rows = [(edit.id, request.question, request.target_new) for edit in undone for request in edit.requests]
     if rows:
         out.table(("undone", "prompt", "target was"), rows)
     out.say(f"{len(undone)} undone, {len(editor.edits)} left in {place}")
     left = [edit.id for edit in editor.edits]
     out.result({"adapter": str(place), "undone": [edit.summary() for edit in undone], "left": left})
+    return OK
+
+
+def run_merge(args: argparse.Namespace, out: Output) -> int:
+    place = Path(args.out or args.adapter).expanduser()
+    check_place(place)
+    if args.out is not None and (place / DESCRIPTION).exists():
+        raise AdapterError(
+            f"{place} holds an adapter already; leave --out away to merge into --adapter, or give a new folder"
+        )
+    editor = _open_editor(args, keep=args.out is None)
+    with editor:
+        report = editor.merge(args.other, on_conflict=args.on_conflict)
+        editor.save_pretrained(place)
+    kept = "theirs" if report.kept == "theirs" else "ours"
+    rows = [(conflict.prompt, conflict.ours, conflict.theirs, kept) for conflict in report.conflicts]
+    if rows:
+        out.table(("conflict", "ours", "theirs", "kept"), rows)
+    for old, new in report.renamed.items():
+        out.say(f"their edit {old} is {new} here: an edit of another prompt has that id")
+    out.say(
+        f"{len(report.added)} edits taken in, {len(report.same)} were there already, {len(report.conflicts)} conflicts; "
+        f"{len(editor.edits)} in {place}"
+    )
+    out.result({"adapter": str(place), **report.to_dict(), "edits_in_adapter": len(editor.edits)})
+    return OK
+
+
+def run_recover(args: argparse.Namespace, out: Output) -> int:
+    place = Path(args.out).expanduser()
+    check_place(place)
+    if (place / DESCRIPTION).exists():
+        raise AdapterError(f"{place} holds an adapter already; give a new folder, so that nothing is lost by this")
+    state, description = read_directory(args.adapter, recover=True)
+    write_directory(
+        place, state, {k: v for k, v in description.items() if k not in ("schema", "seal", "tensors_sha256")}
+    )
+    edits = description["edits"]
+    out.say(f"{len(edits)} edits are whole and in {place}; {args.adapter} is as it was")
+    out.result({"adapter": str(place), "edits": [edit["id"] for edit in edits]})
     return OK
 
 

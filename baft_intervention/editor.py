@@ -477,10 +477,14 @@ class BaftEditor:
         Raises:
             EditError: no edit of this id, or one that was trained jointly with others.
         """
-        edit = self.find(edit_id)
-        if self._store is not None:
-            self._store.append([edit.id])
-        return self.adapter.remove(edit.id)
+        return self.undo_all([edit_id])[0]
+
+    def undo_all(self, edit_ids: Sequence[str]) -> list[Edit]:
+        """As :meth:`undo`, for several: all of them, or on an error none."""
+        edits = [self.find(name) for name in dict.fromkeys(edit_ids)]
+        if self._store is not None and edits:
+            self._store.append([edit.id for edit in edits])
+        return [self.adapter.remove(edit.id) for edit in edits]
 
     def find(self, edit_id: str) -> Edit:
         """The edit of this id.

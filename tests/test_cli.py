@@ -17,7 +17,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 FRANCE = {"prompt": "The capital of France is", "target_new": "Japan", "subject": "France", "id": "france"}
 LEO = {"prompt": "The mother tongue of Leo is", "target_new": "city", "subject": "Leo", "id": "leo"}
-COMMANDS = ("demo", "edit", "generate", "list", "undo", "validate")
+COMMANDS = ("demo", "edit", "generate", "merge", "recover", "list", "undo", "validate")
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +236,110 @@ def test_a_base_model_that_was_moved_is_named_with_model(baft, adapter, home, pl
     assert "weights are not the same" in run.err
 
 
+# ------------------------------------------------------------------------------------------ many edits, several folders
+
+
+@pytest.fixture
+def osaka(edit, place) -> Path:
+    """Another adapter: another answer to one prompt, the same to another, and one of its own."""
+    own = {"prompt": "The Eiffel Tower is located in", "target_new": "capital", "id": "france"}
+    lines = [json.dumps({**FRANCE, "target_new": "city", "id": "other"}), json.dumps(LEO), json.dumps(own)]
+    (place / "osaka.jsonl").write_text("\n".join(lines))
+    assert edit("--edits", "osaka.jsonl", "--out", "osaka", "--quiet").code == 0
+    return place / "osaka"
+
+
+def test_list_finds_among_many(baft, adapter):
+    for text, found in (("japan", ["france"]), ("LEO", ["leo"]), ("the ", ["france", "leo"]), ("rome", [])):
+        run = baft("list", "--adapter", adapter, "--find", text, "--json")
+        assert [e["id"] for e in run.json["edits"]] == found
+        assert run.json["edits_in_adapter"] == 2
+    assert "1 of 2 edits of" in baft("list", "--adapter", adapter, "--find", "leo").out
+
+
+def test_merge_tells_conflicts_and_keeps_whose_it_is_told(baft, adapter, osaka, place):
+    before = {p.name: p.read_bytes() for p in adapter.iterdir()}
+    run = baft("merge", "--adapter", adapter, osaka)
+    assert (run.code, run.out) == (2, "")
+    assert "1 prompt has two answers, e.g. 'The capital of France is': ours 'Japan', theirs 'city'" in run.err
+    assert {p.name: p.read_bytes() for p in adapter.iterdir()} == before
+    for whose, answer, listed in (
+        ("ours", "Japan", ["france", "leo", "france-2"]),
+        ("theirs", "city", ["leo", "other", "france"]),
+    ):
+        run = baft("merge", "--adapter", adapter, osaka, "--out", whose, "--on-conflict", whose, "--json")
+        assert run.code == 0
+        assert (len(run.json["added"]), run.json["same"], len(run.json["conflicts"])) == (
+            len(listed) - 2 + (whose == "theirs"),
+            ["leo"],
+            1,
+        )
+        assert [e["id"] for e in baft("list", "--adapter", whose, "--json").json["edits"]] == listed
+        asked = baft("generate", "--adapter", whose, "--prompt", FRANCE["prompt"], "--max-new-tokens", 1, "--json")
+        assert asked.json["results"][0]["texts"][0].strip() == answer
+        assert sorted(p.name for p in (place / whose).iterdir()) == ["adapter.json", "adapter.safetensors"]
+    assert {p.name: p.read_bytes() for p in adapter.iterdir()} == before
+    run = baft("merge", "--adapter", adapter, osaka, "--on-conflict", "theirs")
+    assert run.code == 0
+    assert "2 edits taken in, 1 were there already, 1 conflicts; 3 in" in run.out
+    assert "holds an adapter already" in baft("merge", "--adapter", adapter, osaka, "--out", "ours").err
+
+
+def test_finished_edits_are_on_the_disk_whatever_comes_after(baft, edit, home, place, monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise RuntimeError("the machine burns")
+
+    monkeypatch.setattr(BaftEditor, "compact", fail)
+    run = edit("--edits", home / "edits.json", "--out", "a")
+    assert run.code == 1
+    assert "the machine burns" in run.err
+    assert [e["id"] for e in baft("list", "--adapter", "a", "--json").json["edits"]] == ["france", "leo"]
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    assert baft("undo", "--adapter", "a", "leo").code == 0
+    assert sorted(p.name for p in (place / "a").iterdir()) == ["adapter.json", "adapter.safetensors"]
+
+
+def test_a_folder_that_is_being_written_to_is_bad_input_that_names_the_writer(baft, adapter, home):
+    import os
+
+    from baft_intervention.store import Store
+
+    with Store(adapter):
+        for argv in (
+            ["undo", "--adapter", adapter, "leo"],
+            ["edit", "--adapter", adapter, "--edits", home / "one.jsonl"],
+        ):
+            run = baft(*argv)
+            assert run.code == 2
+            assert f"is open for writing in process {os.getpid()}" in run.err
+        assert baft("list", "--adapter", adapter).code == 0
+    assert baft("undo", "--adapter", adapter, "leo").code == 0
+
+
+def test_recover_copies_what_is_whole(baft, edit, home, place, monkeypatch):
+    monkeypatch.setattr(BaftEditor, "compact", lambda _self: None)
+    assert edit("--edits", home / "edits.json", "--out", "a").code == 0
+    log = place / "a" / "adapter.log"
+    data = bytearray(log.read_bytes())
+    data[-100] ^= 1
+    log.write_bytes(bytes(data))
+    run = baft("list", "--adapter", "a")
+    assert run.code == 2
+    assert "record 2, from byte" in run.err
+    assert "baft recover --adapter a --out NEW" in run.err
+    assert baft("edit", "--adapter", "a", "--edits", home / "one.jsonl").code == 2
+    run = baft("recover", "--adapter", "a", "--out", "b")
+    assert run.code == 0
+    assert "1 edits are whole and in b; a is as it was" in run.out
+    assert "what it said is lost" in run.err
+    assert log.read_bytes() == bytes(data)
+    assert [e["id"] for e in baft("list", "--adapter", "b", "--json").json["edits"]] == ["france"]
+    asked = baft("generate", "--adapter", "b", "--prompt", FRANCE["prompt"], "--max-new-tokens", 1, "--json")
+    assert asked.json["results"][0]["texts"][0].strip() == "Japan"
+    assert baft("recover", "--adapter", "a", "--out", "b").code == 2
+
+
 # ------------------------------------------------------------------------------------------ asking
 
 
@@ -348,7 +452,7 @@ def test_undo_of_an_unknown_id_names_the_known_and_leaves_the_adapter(baft, adap
     before = {p.name: p.read_bytes() for p in adapter.iterdir()}
     run = baft("undo", "--adapter", adapter, "france", "paris")
     assert run.code == 2
-    assert "there is no edit 'paris'; edits: leo" in run.err
+    assert "there is no edit 'paris'; edits: france, leo" in run.err
     assert {p.name: p.read_bytes() for p in adapter.iterdir()} == before
 
 
