@@ -26,10 +26,12 @@ __all__ = [
     "EditReport",
     "EditRequest",
     "Message",
+    "MergeReport",
     "ModelError",
     "PositionError",
     "Probe",
     "RequestError",
+    "StoreError",
     "WeightingNetwork",
     "__version__",
     "load_facts",
@@ -60,10 +62,12 @@ _PUBLIC = {
     "EditReport": "editor",
     "EditRequest": "requests",
     "Message": "requests",
+    "MergeReport": "merge",
     "ModelError": "errors",
     "PositionError": "errors",
     "Probe": "requests",
     "RequestError": "errors",
+    "StoreError": "errors",
     "WeightingNetwork": "weighting",
     "load_facts": "data",
     "load_model": "models",
@@ -93,10 +97,12 @@ if TYPE_CHECKING:
         ModelError,
         PositionError,
         RequestError,
+        StoreError,
     )
     from .evaluation.judge import register_metric
     from .evaluation.methods import register_method
     from .intervention import BasisWeightedLoReFTIntervention
+    from .merge import MergeReport
     from .models import load_model
     from .positions import register_positions
     from .requests import EditRequest, Message, Probe

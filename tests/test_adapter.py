@@ -169,3 +169,65 @@ def test_num_stored_counts_what_is_stored_for_the_edits(tiny_llama, tokenizer):
     editor.edit([FRANCE, LEO])
     per_edit = 4 * 32 + 4 * 32 + 4 + 4  # rotation, source weight, source bias, the constant weights
     assert editor.adapter.num_stored() == 2 * per_edit
+
+
+def test_adding_and_taking_out_changes_the_stack_that_is_there_and_gives_what_a_new_one_gives(tiny_llama, tokenizer):
+    editor = tiny_editor(tiny_llama, tokenizer)
+    editor.edit(FRANCE)
+    stack = editor.adapter.stack(editor.adapter.layers[0], torch.device("cpu"))
+    editor.edit(LEO)
+    editor.edit(FACTS[2])
+    editor.undo("leo")
+    assert editor.adapter.stack(editor.adapter.layers[0], torch.device("cpu")) is stack
+    assert len(stack) == 2
+    grown = [logits(tiny_llama, tokenizer, prompt) for prompt in PROMPTS]
+    editor.adapter.set_edits(editor.edits)  # built anew
+    assert editor.adapter.stack(editor.adapter.layers[0], torch.device("cpu")) is not stack
+    for prompt, before in zip(PROMPTS, grown, strict=True):
+        assert torch.equal(logits(tiny_llama, tokenizer, prompt), before)
+
+
+def test_edits_are_found_by_id_and_by_prompt(tiny_llama, tokenizer):
+    editor = tiny_editor(tiny_llama, tokenizer)
+    editor.edit(FACTS)
+    adapter = editor.adapter
+    assert len(adapter) == 3
+    assert adapter.find("leo") is editor.edits[1]
+    assert adapter.find("paris") is None
+    assert [e.id for e in adapter.asking([FACTS[2].prompt, "Who?", FRANCE.prompt])] == ["tower", "france"]
+    adapter.remove("tower")
+    assert adapter.asking([FACTS[2].prompt]) == []
+    with pytest.raises(AdapterError, match="there is no edit 'tower'"):
+        adapter.remove("tower")
+
+
+def test_the_use_of_bases_is_the_sum_over_the_edits_that_are_there(tiny_llama, tokenizer):
+    editor = tiny_editor(tiny_llama, tokenizer)
+    layer = editor.adapter.layers[0]
+    assert editor.adapter.used()[layer].tolist() == [0.0] * 4
+    for fact in FACTS:
+        editor.edit(fact)
+    editor.undo("leo")
+    editor.edit(LEO)
+    expected = sum(edit.used[layer] for edit in editor.edits)
+    assert torch.equal(editor.adapter.used()[layer], expected)
+    assert expected.min() > 0
+
+
+@pytest.mark.parametrize("weighting", ["constant", "linear", "cosine", "subject_relation"])
+def test_stored_bytes_are_those_of_the_state(tiny_llama, tokenizer, weighting):
+    editor = tiny_editor(tiny_llama, tokenizer, weighting=weighting, layers=(1, 2), steps=1)
+    assert editor.adapter.stored_bytes() == 0
+    editor.edit([FRANCE, LEO])
+    state = editor.adapter.state()
+    assert editor.adapter.stored_bytes() == sum(t.numel() * t.element_size() for t in state.values())
+
+
+def test_evidence_is_the_same_in_pieces(tiny_llama, tokenizer, monkeypatch):
+    editor = tiny_editor(tiny_llama, tokenizer)
+    editor.edit(FACTS)
+    whole = [logits(tiny_llama, tokenizer, prompt) for prompt in PROMPTS]
+    for module in ("adapter", "stack"):
+        monkeypatch.setattr(f"baft_intervention.{module}._AT_ONCE", 6, raising=False)  # two tokens of three edits
+    for prompt, before in zip(PROMPTS, whole, strict=True):
+        torch.testing.assert_close(logits(tiny_llama, tokenizer, prompt), before, atol=1e-5, rtol=1e-5)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from baft_intervention.basis_map import BasisWeightedMap
-from baft_intervention.stack import EditStack, WeightingStack, is_shared
+from baft_intervention.stack import EditStack, Rows, WeightingStack, is_shared
 from baft_intervention.training.engine import map_tensors
 from baft_intervention.weighting import WeightingNetwork
 
@@ -129,3 +129,51 @@ def test_shared_tensors_are_stored_once() -> None:
     assert is_shared(modules[0].weighting, "whitening.directions")
     assert not is_shared(modules[0].weighting, "key")
     assert not any("whitening" in name for name in map_tensors(modules[0]))
+
+
+# ------------------------------------------------------------------------------------------ adding and taking out
+
+
+@pytest.mark.parametrize("weighting", [*NAMES, Bare])
+def test_a_stack_that_grew_and_shrank_equals_one_built_at_once(weighting: Any) -> None:
+    modules, x = edits(weighting, 24)
+    tensors = [map_tensors(module) for module in modules]
+    stack = EditStack(modules[0].weighting, tensors[:1])
+    with torch.inference_mode():  # as generate() may be called
+        stack.update(x)
+        stack.extend(tensors[1:2])
+    for each in tensors[2:20]:
+        stack.extend([each])
+        stack.update(x)
+    stack.extend(tensors[20:])
+    there = list(range(24))
+    for index in (23, 0, 7, 7):
+        stack.remove(index)
+        del there[index]
+        expected = EditStack(modules[0].weighting, [tensors[e] for e in there])
+        assert len(stack) == len(there)
+        assert torch.equal(stack.update(x), expected.update(x))
+        assert stack.weights(x)[1].tolist() == expected.weights(x)[1].tolist()
+    stack.extend([tensors[0]])
+    assert torch.equal(stack.update(x), EditStack(modules[0].weighting, [tensors[e] for e in [*there, 0]]).update(x))
+
+
+def test_rows_are_moved_a_few_times_however_many_are_added() -> None:
+    rows, places = Rows(), set()
+    for i in range(1000):
+        rows.extend([{"key": torch.full((4,), float(i))}])
+        places.add(rows.views()["key"].data_ptr())
+        assert len(rows) == i + 1
+    assert rows.views()["key"][:, 0].tolist() == list(range(1000))
+    assert len(places) <= 8  # 16, 32, ... 1024
+
+
+def test_the_maps_of_edits_that_compete_are_not_copied() -> None:
+    modules, x = edits("cosine")
+    tensors = [map_tensors(module) for module in modules]
+    stack = EditStack(modules[0].weighting, tensors)
+    tensors[2]["source_bias"].add_(1.0)
+    before = stack.update(x)
+    tensors[2]["source_bias"].sub_(1.0)
+    after = stack.update(x)
+    assert (before != after).any(1).tolist() == [False, False, True, False, False]
