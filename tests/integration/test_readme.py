@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -35,8 +36,8 @@ def _block(word: str) -> str:
 
 
 def test_every_block_is_run_below():
-    assert len(BLOCKS) == 2
-    assert _block("import pyreft") != _block("BaftEditor.from_pretrained")
+    assert len(BLOCKS) == 3
+    assert len({_block("import pyreft"), _block("BaftEditor.from_pretrained"), _block("BaftEditor.open")}) == 3
 
 
 @pytest.mark.slow
@@ -54,6 +55,20 @@ def test_the_one_call_way(tmp_path):
     assert "\n yen" in answers
     assert loaded.strip().startswith("Osaka")
     assert sorted(p.name for p in (tmp_path / "japan").iterdir()) == ["adapter.json", "adapter.safetensors"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("smollm2")
+def test_many_edits(tmp_path):
+    again = (
+        "\nwith baft.BaftEditor.open('edits') as editor:"
+        "\n    print('again:', len(editor.edits), editor.generate(facts[1].prompt, max_new_tokens=4))"
+    )
+    ids, again = _run([sys.executable, "-c", _block("BaftEditor.open") + again], tmp_path).split("again:")
+    assert len(ast.literal_eval(ids.splitlines()[0])) == 2
+    assert again.strip().startswith("1  Spanish")
+    assert sorted(p.name for p in (tmp_path / "edits").iterdir()) == ["adapter.json", "adapter.safetensors"]
 
 
 @pytest.mark.slow
