@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import BaftConfig
-from .errors import AdapterError
+from .errors import AdapterError, BaftError
 from .hooks import CallTracker, hook_block
 from .models import find_blocks, hidden_size
 from .positions import PositionRule, subject_variants
@@ -331,11 +331,21 @@ class BaftAdapter:
         try:
             self.shared = shared
             for layer in self.layers:
-                self.network(layer)  # shapes of the shared state
+                self._try_network(layer)
             self.set_edits(loaded)
-        except (RuntimeError, AdapterError) as error:
+        except (RuntimeError, TypeError, IndexError, BaftError) as error:
             self.shared = before
             raise AdapterError(f"{where}{error}") from None
+
+    def _try_network(self, layer: int) -> None:
+        """Let the layer's network read something, so that shared tensors that do not fit together fail now, not in use."""
+        network, h = self.network(layer), torch.zeros(1, self.embed_dim)
+        with torch.no_grad():
+            network(h)
+            if network.routed:
+                network.match(h)
+            if network.reads_subject:
+                network.evidence(h)
 
     def read_state(
         self, state: Mapping[str, Tensor], edits: Sequence[Mapping[str, Any]], where: str = ""
@@ -345,15 +355,15 @@ class BaftAdapter:
         Raises:
             AdapterError: as :meth:`load_state`.
         """
-        expected: dict[str, tuple[int, ...] | None] = {}
+        expected: dict[str, tuple[int | None, ...]] = {}
         for layer in self.layers:
             network = make_weighting(
                 self.config.weighting, self.embed_dim, self.config.rank, **self.config.weighting_options
             )
             for name, tensor in network.state_dict().items():
                 if is_shared(network, name):
-                    # k directions of a whitening are data: only the last dimension is known
-                    expected[f"layers.{layer}.shared.{name}"] = None
+                    # k directions of a whitening are data: only the further dimensions are known
+                    expected[f"layers.{layer}.shared.{name}"] = (None, *tensor.shape[1:]) if tensor.ndim else ()
                 elif edits:
                     expected[f"layers.{layer}.edits.weighting.{name}"] = (len(edits), *tensor.shape)
             if edits:
@@ -369,7 +379,7 @@ class BaftAdapter:
             shape = expected[name]
             if tensor.dtype != torch.float32:
                 raise AdapterError(f"{where}tensor {name!r} is {tensor.dtype}; it must be float32")
-            if shape is not None and tuple(tensor.shape) != shape:
+            if tensor.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, tensor.shape, strict=True)):
                 raise AdapterError(f"{where}tensor {name!r} has shape {tuple(tensor.shape)}; it must be {shape}")
             if not torch.isfinite(tensor).all():
                 raise AdapterError(f"{where}tensor {name!r} has values that are not finite")

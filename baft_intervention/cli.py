@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import Any
 
 from . import __version__
-from .errors import AdapterError, BaftError, EditError
+from .errors import AdapterError, BaftError, ConfigError, EditError
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 _EXIT_CODES = """\
@@ -177,7 +177,7 @@ def _add_generate(commands: Any) -> None:
     how.add_argument("--top-p", type=_share, metavar="P", help="with --sample: only the likeliest tokens of mass P")
     how.add_argument("--beams", type=_whole(1), metavar="N", help="beam search with N beams")
     how.add_argument("--count", type=_whole(1), default=1, metavar="N", help="answers a prompt (--sample or --beams)")
-    how.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="of --sample; default: 0")
+    how.add_argument("--seed", type=_seed, default=0, metavar="N", help="of --sample; default: 0")
     _add_place(parser)
 
 
@@ -314,6 +314,13 @@ def _whole(low: int) -> Any:
     return read
 
 
+def _seed(text: str) -> int:
+    value = _whole(0)(text)
+    if value >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} must be below 2^63")
+    return value
+
+
 def _above_zero(text: str) -> float:
     return _between(text, 0.0, float("inf"), "a number above 0")
 
@@ -363,6 +370,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         build_parser().print_help(sys.stderr)
         return BAD_INPUT
     debug, as_json = "--debug" in argv, "--json" in argv
+    if any("\0" in text for text in argv):  # no shell can give one, and no file can have one in its name
+        return _report(ConfigError(), "an argument has a null character in it", BAD_INPUT, debug=debug, as_json=as_json)
     try:
         args = build_parser(next((a for a in argv if not a.startswith("-")), None)).parse_args(argv)
         debug, as_json = getattr(args, "debug", debug), getattr(args, "json", as_json)

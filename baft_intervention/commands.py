@@ -348,7 +348,8 @@ def run_inspect(args: argparse.Namespace, out: Output) -> int:
 
 def run_list(args: argparse.Namespace, out: Output) -> int:
     _, description = read_directory(args.adapter)
-    base, config, edits = description["base_model"], description["config"], description["edits"]
+    base, edits = description["base_model"], description["edits"]
+    config = BaftConfig.from_dict(description["config"], where=f"{args.adapter}: ").to_dict()
     if args.find is not None:
         edits = [edit for edit in edits if any(args.find.casefold() in text for text in _searched(edit))]
     rows = []

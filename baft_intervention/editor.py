@@ -24,7 +24,7 @@ from .config import BaftConfig
 from .errors import AdapterError, ConfigError, EditError, RequestError, StoreError
 from .hub import CARD, fetched_adapter, is_repo_id, model_card, push_folder
 from .merge import MergeReport, OnConflict, check_same_coordinates, plan_merge
-from .models import config_hash, give_pad_token, load_model, model_fingerprint
+from .models import config_hash, context_length, give_pad_token, load_model, model_fingerprint
 from .requests import EditRequest
 from .stack import is_shared
 from .storage import DESCRIPTION, library_versions, read_directory
@@ -537,6 +537,7 @@ class BaftEditor:
         if not items:
             raise RequestError("there is no request to edit; give at least one EditRequest")
         prompts: dict[str, EditRequest] = {}
+        context = context_length(self.model)
         for i, item in enumerate(items):
             if not isinstance(item, EditRequest):
                 raise RequestError(
@@ -548,7 +549,11 @@ class BaftEditor:
                     f"to {item.target_new!r}; keep one"
                 )
             prompts[item.prompt] = item
-            encode_request(self.tokenizer, item, self.config)
+            tokens = len(encode_request(self.tokenizer, item, self.config).ids)
+            if context and tokens > context:
+                raise RequestError(
+                    f"{item.where}: {tokens} tokens of prompt and target, but the model reads {context}; shorten them"
+                )
         going = {edit.id for edit in self._superseded(items)}
         ids = Counter(item.id for item in items)
         for item in items:
@@ -615,6 +620,9 @@ class BaftEditor:
         Returns:
             A string for one prompt, a list for several; with ``num_return_sequences > 1`` a list of strings in place of
             each string.
+
+        Raises:
+            RequestError: a prompt that the tokenizer makes no token of, or that is too long for the model.
         """
         single = isinstance(prompts, str) or is_conversation(prompts)
         items: list[Any] = [prompts] if single else list(prompts)
@@ -624,9 +632,14 @@ class BaftEditor:
             options = {"temperature": None, "top_p": None, "top_k": None, **options}
         several = options.get("num_return_sequences") or 1
         answers: list[Any] = []
-        device = next(self.model.parameters()).device
+        device, context = next(self.model.parameters()).device, context_length(self.model)
         for begin in range(0, len(texts), batch_size):
             rows = [encode_prompt(self.tokenizer, text) for text in texts[begin : begin + batch_size]]
+            if context and (longest := max(map(len, rows))) + max_new_tokens > context:
+                raise RequestError(
+                    f"a prompt of {longest} tokens and {max_new_tokens} new ones, but the model reads {context}; shorten the "
+                    "prompt, or lower max_new_tokens"
+                )
             ids, mask = pad_rows(rows, pad_token_id(self.tokenizer), side="left")
             with self.adapter.prompts([len(row) for row in rows]):
                 out = self.model.generate(

@@ -16,7 +16,7 @@ from typing import Any
 
 from .errors import AdapterError
 from .requests import EditRequest
-from .storage import DESCRIPTION, TENSORS
+from .storage import DESCRIPTION, LOG, TENSORS
 
 CARD = "README.md"
 _SHOWN = 20  # edits that a card lists one by one
@@ -56,6 +56,8 @@ def fetched_adapter(repo_id: str, *, revision: str | None = None) -> Iterator[Pa
         found[TENSORS] = api.hf_hub_download(repo_id, TENSORS, revision=revision)
     except (OSError, ValueError) as error:
         raise AdapterError(f"{repo_id}: {TENSORS} cannot be fetched: {_first_line(error)}") from error
+    with contextlib.suppress(OSError, ValueError):  # a folder that was uploaded while edits were being added to it
+        found[LOG] = api.hf_hub_download(repo_id, LOG, revision=revision)
     with tempfile.TemporaryDirectory(prefix="baft-") as folder:
         for name, source in found.items():
             shutil.copyfile(source, Path(folder) / name)

@@ -193,6 +193,12 @@ def hidden_size(model: nn.Module) -> int:
     return int(value)
 
 
+def context_length(model: nn.Module) -> int | None:
+    """How many tokens the model reads at most; None where its config does not say."""
+    value = _first(text_config(model), "max_position_embeddings", "n_positions", "n_ctx")
+    return int(value) if isinstance(value, int) and value > 0 else None
+
+
 # ------------------------------------------------------------------------------------------- identity
 
 

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError, PositionError
+from .tokenization import check_text
 
 _NAMED = ("last", "subject", "subject_all", "prompt", "all")
 _FIRST_LAST = re.compile(r"(?:f(?P<first>\d+))?\+?(?:l(?P<last>\d+))?")
@@ -203,6 +204,7 @@ def subject_variants(tokenizer: Any, subjects: Sequence[str]) -> list[list[int]]
     """Token id sequences under which the subjects can stand in a text: at its start and behind a space."""
     variants = []
     for subject in dict.fromkeys(subjects):
+        check_text(subject, "the subject")
         for text in (subject, " " + subject):
             ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
             if ids and ids not in variants:

@@ -26,7 +26,8 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from .edit_log import Reading, Record, read_log
-from .errors import AdapterError, StoreError
+from .errors import AdapterError, RequestError, StoreError
+from .requests import EditRequest
 
 logger = logging.getLogger(__name__)
 SCHEMA = 1
@@ -35,6 +36,13 @@ NEXT = ".next"  # ends the name of what is going to take a file's place
 _READINGS = 5  # how often a folder is read again that is written to meanwhile
 _REQUIRED: dict[str, type | tuple[type, ...]] = {
     "schema": int, "base_model": dict, "config": dict, "layers": list, "edits": list, "tensors_sha256": str,
+}  # fmt: skip
+
+_BASE_MODEL: dict[str, type | tuple[type, ...]] = {
+    "name": str, "revision": (str, type(None)), "dtype": (str, type(None)), "fingerprint": str, "config_hash": str,
+}  # fmt: skip
+_SUMMARY: dict[str, type | tuple[type, ...]] = {
+    "id": str, "requests": list, "loss": (int, float), "steps": int, "reached": bool,
 }  # fmt: skip
 
 
@@ -160,7 +168,7 @@ def _read(path: Path, name: str) -> bytes:
 def _read_snapshot(path: Path, raw: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         description = json.loads(raw.decode("utf-8", "surrogatepass"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, or a number of 5000 digits
         raise AdapterError(f"{path / DESCRIPTION} is truncated or no JSON: {error}") from None
     _check_description(path / DESCRIPTION, description)
     blob = b""
@@ -253,3 +261,30 @@ def _check_description(file: Path, description: Any) -> None:
             raise AdapterError(f"{file}: field {name!r} is {description.get(name)!r}; it is missing or of another type")
     if description.get("seal") != _seal(description):
         raise AdapterError(f"{file} was altered after it was written: its seal does not fit its content")
+    # a seal is no signature: somebody who knows the format can seal anything
+    _check_fields(f"{file}: base_model", description["base_model"], _BASE_MODEL)
+    for i, edit in enumerate(description["edits"]):
+        check_summary(edit, f"{file}: edits[{i}]")
+
+
+def check_summary(summary: Any, where: str) -> None:
+    """The types of what is said about an edit.
+
+    Raises:
+        AdapterError: no object, a field that is missing or of another type, a request that is none.
+    """
+    _check_fields(where, summary, _SUMMARY)
+    for request in summary["requests"]:
+        try:
+            EditRequest.from_dict(request)
+        except RequestError as error:
+            raise AdapterError(f"{where}: {error}") from None
+
+
+def _check_fields(where: str, value: Any, fields: Mapping[str, type | tuple[type, ...]]) -> None:
+    if not isinstance(value, dict):
+        raise AdapterError(f"{where} must be an object, not {type(value).__name__}")
+    for name, kind in fields.items():
+        found = value.get(name)
+        if not isinstance(found, kind) or (isinstance(found, bool) and kind is not bool):
+            raise AdapterError(f"{where}: field {name!r} is {found!r}; it is missing or of another type")

@@ -24,12 +24,27 @@ def joint_text(prompt: str, target: str) -> str:
     return prompt + glue + target
 
 
+def check_text(text: str, what: str) -> None:
+    """Refuse what is no Unicode text: half a surrogate pair, which JSON can hold and no tokenizer reads.
+
+    Raises:
+        RequestError: the text cannot be written as UTF-8.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{what} {text!r} is no Unicode text: character {error.start} is half a surrogate pair; mend it there"
+        ) from None
+
+
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     """The ids that the model sees for ``prompt``, special tokens as the tokenizer adds them.
 
     Raises:
-        RequestError: the tokenizer makes no token of the prompt.
+        RequestError: the tokenizer makes no token of the prompt, or it is no Unicode text.
     """
+    check_text(prompt, "the prompt")
     ids = list(tokenizer(prompt)["input_ids"])
     if not ids:
         raise RequestError(f"the tokenizer makes no token of the prompt {prompt!r}; give a longer prompt")
@@ -48,6 +63,7 @@ def encode_pair(tokenizer: Any, prompt: str, target: str) -> tuple[list[int], li
         RequestError: the tokenizer makes no token of the prompt or of the target.
     """
     prompt_ids = encode_prompt(tokenizer, prompt)
+    check_text(target, "the target")
     text = joint_text(prompt, target)
     target_ids = _continuation(tokenizer(text)["input_ids"], prompt_ids)
     if not target_ids:

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from ..errors import ConfigError
 from .base import WeightingNetwork, register_weighting
 
+_MOST_HIDDEN = 65536  # a slip or a hostile file must not fill the memory
+
 
 @register_weighting("constant")
 class ConstantWeighting(WeightingNetwork):
@@ -72,8 +74,8 @@ class MLPWeighting(WeightingNetwork):
 
     def __init__(self, embed_dim: int, rank: int, *, hidden: int = 8, initial_weight: float = 0.5):
         super().__init__(embed_dim, rank)
-        if not isinstance(hidden, int) or hidden < 1:
-            raise ConfigError(f"hidden is {hidden!r}; it must be a whole number of at least 1")
+        if not isinstance(hidden, int) or not 1 <= hidden <= _MOST_HIDDEN:
+            raise ConfigError(f"hidden is {hidden!r}; it must be a whole number of at least 1, at most {_MOST_HIDDEN}")
         self.weight_in = nn.Parameter(torch.randn(hidden, embed_dim) / math.sqrt(embed_dim))
         self.bias_in = nn.Parameter(torch.zeros(hidden))
         self.weight_out = nn.Parameter(torch.randn(rank, hidden) * (0.1 / math.sqrt(hidden)))
