@@ -29,7 +29,6 @@ from .weighting import WeightingNetwork, make_weighting, weighting_class
 
 logger = logging.getLogger(__name__)
 _PROMPT = PositionRule("prompt")
-_AT_ONCE = 1 << 22  # numbers of evidence computed together: edits times tokens, 16 MiB
 
 
 @dataclass(frozen=True)
@@ -284,15 +283,10 @@ class BaftAdapter:
             return
         row, column = (index.to(hidden.device) for index in found)
         x = hidden[row, column].float()  # (P, d)
-        piece = max(1, _AT_ONCE // len(self))
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             for layer in self.layers:
                 stack = self.stack(layer, hidden.device)
-                best = torch.full((len(stack), hidden.shape[0]), -1.0, device=hidden.device)  # (E, B)
-                for tokens, rows in zip(x.split(piece), row.split(piece), strict=True):
-                    each = stack.evidence(tokens)  # (E, p)
-                    best.scatter_reduce_(1, rows.expand_as(each), each, "amax", include_self=True)
-                call.evidence[layer] = best
+                call.evidence[layer] = stack.evidence_of_rows(x, row, column, hidden.shape[0])
 
     def _change(self, layer: int, hidden: Tensor) -> Tensor | None:
         if not self._enabled or not self._edits:

@@ -175,7 +175,8 @@ def subject_evidence(adapter: BaftAdapter, layer: int, seen: Mapping[int, Tensor
     if adapter.read_layer is None:
         return None
     x = seen[adapter.read_layer]
-    return adapter.stack(layer, x.device).evidence(x).amax(-1)
+    row, column = torch.zeros(len(x), dtype=torch.long, device=x.device), torch.arange(len(x), device=x.device)
+    return adapter.stack(layer, x.device).evidence_of_rows(x, row, column, 1)[:, 0]
 
 
 def edit_network(adapter: BaftAdapter, layer: int, edit: Edit) -> WeightingNetwork:
@@ -253,12 +254,17 @@ def _view(
     adapter = editor.adapter
     edit = adapter.edits[index]
     network: Any = edit_network(adapter, layer, edit)
-    subject = subject_token = relation = rival = match = evidence = None
+    subject = subject_token = relation = rival = match = evidence = answered = None
     if adapter.read_layer is not None:
-        each = network.evidence(seen[adapter.read_layer].cpu())  # (T,)
+        early = seen[adapter.read_layer].cpu()
+        each = network.evidence(early)  # (T,)
         evidence = each.max()
         if bool((each != 1.0).any()):  # 1 everywhere: the edit names no subject, so every prompt passes
             subject, subject_token = float(evidence), int(each.argmax())
+            behind = network.mention(early)[subject_token + 1 :] if network.reads_answer else early.new_empty(0)
+            if len(behind) and float(behind.max()) > 0:
+                answered = subject_token + 1 + int(behind.argmax())
+                evidence = -behind.max()
     over = 0.0
     related = True
     if positions and network.routed:
@@ -272,7 +278,10 @@ def _view(
             relation, rival = float(own), (float(nearest) if nearest > _NO_RIVAL else None)
     token = "" if subject_token is None else editor.tokenizer.decode([ids[subject_token]])
     said = _said(subject, token, relation, rival, over if network.routed and positions else None)
-    failed = [k for k, bad in (("subject", subject is not None and subject <= 0), ("relation", not related)) if bad]
+    if answered is not None:
+        said["answer"] = f"the answer stands in the prompt already, at {editor.tokenizer.decode([ids[answered]])!r}"
+    found = {"subject": subject is None or subject > 0, "answer": answered is None, "relation": related}
+    failed = [question for question, right in found.items() if not right]
     if acts:
         where = ", ".join(repr(editor.tokenizer.decode([ids[p]])) for p in acts[:3]) + (", …" if len(acts) > 3 else "")
         reason = _sentence(f"acts on {where}, weight {float(weights[list(acts)].mean()):.2f}", said.values())

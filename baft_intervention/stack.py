@@ -19,6 +19,7 @@ from .weighting import WeightingNetwork
 MAP_TENSORS = ("rotation", "source_weight", "source_bias")
 _PREFIX = "weighting."
 _CANDIDATES = 32  # edits of one subject that a position is compared with; far more than there are
+_AT_ONCE = 1 << 22  # numbers of evidence that are held at a time
 _SMALLEST = 16  # rows that a stack begins with
 
 
@@ -38,6 +39,15 @@ class _Evidence(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         return self.network.evidence(h)
+
+
+class _Mention(nn.Module):
+    def __init__(self, network: WeightingNetwork):
+        super().__init__()
+        self.network = network
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.network.mention(h)
 
 
 def is_shared(network: WeightingNetwork, name: str) -> bool:
@@ -95,7 +105,8 @@ class WeightingStack:
     """
 
     def __init__(self, network: WeightingNetwork, state: Mapping[str, Tensor]):
-        self.network, self._match, self._evidence = network, _Match(network), _Evidence(network)
+        self.network, self._match = network, _Match(network)
+        self._evidence, self._mention = _Evidence(network), _Mention(network)
         self._shared = {n: t for n, t in network.state_dict().items() if is_shared(network, n)}
         self.set_state(state)
 
@@ -125,6 +136,12 @@ class WeightingStack:
     def evidence(self, x: Tensor) -> Tensor:
         """``(P, d) -> (E, P)``, see :meth:`WeightingNetwork.evidence`."""
         return self._vmap(self._evidence, self.state, "network.", (x,), (None,))
+
+    def evidence_and_mention(self, index: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the edits ``index (K,)`` alone: ``(P, d) -> (K, P)`` each, see :meth:`WeightingNetwork.mention`."""
+        state = self.picked(index)
+        evidence = self._vmap(self._evidence, state, "network.", (x,), (None,))
+        return evidence, self._vmap(self._mention, state, "network.", (x,), (None,))
 
     def picked(self, index: Tensor) -> dict[str, Tensor]:
         """State of the edits ``index (P,)``: ``name -> (P, ...)``."""
@@ -188,9 +205,33 @@ class EditStack:
         self._keys.remove(index)
         self.weighting.set_state(self._keys.views())
 
-    def evidence(self, x: Tensor) -> Tensor:
-        """Every edit's evidence at the read layer: ``(P, d) -> (E, P)``."""
-        return self.weighting.evidence(x.float())
+    def evidence_of_rows(self, x: Tensor, row: Tensor, column: Tensor, rows: int) -> Tensor:
+        """How surely each prompt names each edit's subject, and does not name its answer behind it: ``(E, B)``.
+
+        Args:
+            x: ``(P, d)`` representations at the read layer of all prompt tokens.
+            row, column: ``(P,)`` where each token lies.
+            rows: B.
+        """
+        x, best = x.float(), torch.full((len(self), rows), -1.0, device=x.device)
+        piece = max(1, _AT_ONCE // len(self))
+        for tokens, own in zip(x.split(piece), row.split(piece), strict=True):
+            each = self.weighting.evidence(tokens)  # (E, p)
+            best.scatter_reduce_(1, own.expand_as(each), each, "amax", include_self=True)
+        if not self.weighting.network.reads_answer:
+            return best
+        # edits whose subject is named: few. An edit without a subject has an evidence of 1 everywhere
+        named = ((best > 0) & (best < 1)).any(1).nonzero().flatten()  # (K,)
+        if len(named):
+            subject, answer = self.weighting.evidence_and_mention(named, x)  # (K, P) each
+            width = int(column.max()) + 1
+            where = torch.full((len(named), rows, width), -2.0, device=x.device)
+            said = where.clone()
+            where[:, row, column], said[:, row, column] = subject, answer
+            behind = torch.arange(width, device=x.device) > where.argmax(-1, keepdim=True)
+            answered = torch.where(behind, said, -2.0).amax(-1)  # (K, B)
+            best[named] = torch.minimum(best[named], -answered)
+        return best
 
     def update(self, x: Tensor, evidence: Tensor | None = None) -> Tensor:
         """What the edits add: ``(P, d) -> (P, d)``, fp32.

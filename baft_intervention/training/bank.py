@@ -27,11 +27,11 @@ from ..errors import ConfigError
 from ..models import model_fingerprint
 from ..tokenization import pad_rows, pad_token_id
 from .reading import read_blocks
-from .relations import COMMON_SUBJECTS, RELATIONS, ask
+from .relations import RELATIONS, dictionary
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 3  # raise it where what is in a bank changes: cached ones are then made anew
+_FORMAT = 4  # raise it where what is in a bank changes: cached ones are then made anew
 OPENINGS = (
     "What is the", "Who was the", "Where is the", "When did the", "Which of the", "How many", "Why do", "How does a",
     "In what year was", "What is the name of", "Who wrote the", "Where was the", "What are the", "Is it true that",
@@ -87,17 +87,15 @@ def representations(
 
 
 def relation_representations(model: nn.Module, tokenizer: Any, layers: Sequence[int]) -> dict[int, Tensor]:
-    """Last-token block outputs of every common relation asked of every common subject: ``layer -> (S, m, d)`` fp32."""
-    prompts = [ask(relation, subject) for subject in COMMON_SUBJECTS for relation in RELATIONS]
-    rows = [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    """Last-token block outputs of the relation dictionary's prompts, in its order: ``layer -> (N, d)`` fp32."""
+    rows = [list(tokenizer(asked.text)["input_ids"]) for asked in dictionary()]
     found = read_blocks(model, tokenizer, rows, [[len(row) - 1] for row in rows], layers)
-    shape = (len(COMMON_SUBJECTS), len(RELATIONS), -1)
-    return {layer: torch.cat(parts).view(shape) for layer, parts in found.items()}
+    return {layer: torch.cat(parts) for layer, parts in found.items()}
 
 
 def start_representations(model: nn.Module, tokenizer: Any, layers: Sequence[int]) -> dict[int, Tensor]:
     """Block outputs at the first token of texts that begin with a common word: ``layer -> (K, d)`` fp32."""
-    rows = [list(tokenizer(f"{relation.capitalize()} is")["input_ids"]) for relation in RELATIONS]
+    rows = [list(tokenizer(f"{noun.capitalize()} is")["input_ids"]) for noun, _, _ in RELATIONS]
     found = read_blocks(model, tokenizer, rows, [[0]] * len(rows), layers)
     return {layer: torch.cat(parts) for layer, parts in found.items()}
 
@@ -108,7 +106,7 @@ class Bank:
 
     Args:
         unrelated: ``layer -> (N, d)`` representations of unrelated text, N about ``POSITIONS_PER_TEXT`` a text.
-        relations: ``layer -> (S, m, d)`` representations of common relations of common subjects, where asked for.
+        relations: ``layer -> (N, d)`` representations of the relation dictionary's prompts, where asked for.
         starts: ``layer -> (K, d)`` representations of common first words, at the same blocks as ``unrelated``.
     """
 
@@ -145,7 +143,7 @@ def get_bank(
         "size": size if texts is None else len(texts),
         "seed": seed,
         "layers": sorted(layers),
-        "relations": [sorted(relation_layers), _digest([RELATIONS, COMMON_SUBJECTS])],
+        "relations": [sorted(relation_layers), _digest(dictionary())],
     }
     path = cache_folder() / "banks" / f"{_digest(what)[:24]}.safetensors"
     if cache and path.is_file():

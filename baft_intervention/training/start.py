@@ -14,19 +14,22 @@ from ..errors import PositionError
 from ..models import find_blocks, hidden_size
 from ..positions import PositionRule, prompt_positions
 from ..requests import EditRequest
-from ..tokenization import encode_prompt
+from ..tokenization import IGNORE_INDEX, encode_prompt
 from ..weighting import EditContext, SharedContext, WeightingNetwork
 from .bank import Bank
 from .engine import Job, edit_seed, encode_request, make_maps
 from .reading import read_blocks
-from .relations import CENTRE_RELATIONS, ask, ask_in_chat
+from .relations import CENTRE_RELATIONS, RELATIONS, ask, ask_in_chat, dictionary
 
 
 def shared_context(network: WeightingNetwork, bank: Bank, layer: int, read_layer: int | None) -> SharedContext | None:
     """What ``network.fit_shared`` gets beside the bank of its layer."""
     if not network.reads_subject or read_layer is None:
         return None
-    return SharedContext(bank.unrelated[read_layer], bank.starts[read_layer], bank.relations[layer])
+    design = torch.tensor([asked[1:] for asked in dictionary()])  # (N, 3)
+    nouns = [noun for noun, _, _ in RELATIONS]
+    centre = torch.tensor([nouns.index(noun) for noun in CENTRE_RELATIONS])
+    return SharedContext(bank.unrelated[read_layer], bank.starts[read_layer], bank.relations[layer], design, centre)
 
 
 def make_jobs(
@@ -87,8 +90,10 @@ def edit_contexts(
                 asked[-1] = []
                 break
             asked[-1].append(len(rows))
-            rows.append(prompt_ids)
-            columns.append(position)
+            # the subject's end, and the answer's
+            last = max(i for i, label in enumerate(row.labels) if label not in (IGNORE_INDEX, tokenizer.eos_token_id))
+            rows.append(row.ids)
+            columns.append([*position, last])
             opening = f"{request.subject} is"
             ids = encode_prompt(tokenizer, opening)
             rows.append(ids)
@@ -104,17 +109,19 @@ def edit_contexts(
     wanted = sorted({read_layer, *layers})
     found = read_blocks(model, tokenizer, rows, columns, wanted)
     contexts: list[dict[int, EditContext] | None] = []
-    for first in asked:
+    for job, first in zip(jobs, asked, strict=True):
         if not first:
             contexts.append(None)
             continue
-        subject = torch.cat([found[read_layer][i] for i in first])  # (n, d)
+        question = all(not r.messages and r.prompt.rstrip().endswith("?") for r in job.requests)
+        subject = torch.cat([found[read_layer][i][:-1] for i in first])  # (n, d)
+        answer = torch.cat([found[read_layer][i][-1:] for i in first])  # (n, d)
         # only a subject that is a single first token looks different there; a longer one ends on its usual token
         start = torch.cat([found[read_layer][i + 1] * float(columns[i + 1] == [0]) for i in first])  # (n, d)
         per_layer = {}
         for layer in layers:
             about = torch.stack([torch.cat(found[layer][i + 2 : i + 2 + len(CENTRE_RELATIONS)]) for i in first])
-            per_layer[layer] = EditContext(subject, start, about, bank.unrelated[read_layer])
+            per_layer[layer] = EditContext(subject, start, about, bank.unrelated[read_layer], question, answer)
         contexts.append(per_layer)
     return contexts
 

@@ -22,12 +22,16 @@ class SharedContext:
     Args:
         subject_bank: ``(N, d)`` unrelated representations at the read layer.
         starts: ``(K, d)`` representations at the read layer of common words that begin a text.
-        relations: ``(S, m, d)`` last-token representations of m common relations of S common subjects.
+        relations: ``(N, d)`` last-token representations of the dictionary's prompts.
+        design: ``(N, 3)`` numbers of each prompt's relation, form and subject.
+        centre: numbers of the relations that an edit's :attr:`EditContext.same_subject` asks.
     """
 
     subject_bank: Tensor
     starts: Tensor
     relations: Tensor
+    design: Tensor
+    centre: Tensor
 
 
 @dataclass(frozen=True)
@@ -39,12 +43,16 @@ class EditContext:
         start: ``(n, d)`` the same where the subject begins a text as a single token; rows of 0 for longer subjects.
         same_subject: ``(n, k, d)`` last-token representations of a few prompts about the same subject.
         subject_bank: ``(N, d)`` unrelated representations at the read layer.
+        question: whether every prompt is a question.
+        answer: ``(n, d)`` representations at the read layer of the target's last token, behind the prompt.
     """
 
     subject: Tensor
     start: Tensor
     same_subject: Tensor
     subject_bank: Tensor
+    question: bool = False
+    answer: Tensor | None = None
 
 
 class WeightingNetwork(nn.Module):
@@ -55,12 +63,14 @@ class WeightingNetwork(nn.Module):
             network compete, and only the best match acts; otherwise the updates of all edits are summed.
         needs_bank: whether :meth:`start_from` needs unrelated representations.
         reads_subject: whether :meth:`evidence` of an earlier layer, the read layer, enters :meth:`match`.
+        reads_answer: whether :meth:`mention` tells where the edit's answer is named: what is answered is not asked.
         shared: names of submodules that all edits of a layer have in common.
     """
 
     routed: ClassVar[bool] = False
     needs_bank: ClassVar[bool] = False
     reads_subject: ClassVar[bool] = False
+    reads_answer: ClassVar[bool] = False
     shared: ClassVar[tuple[str, ...]] = ()
     read_depth: float = 0.0
 
@@ -79,6 +89,13 @@ class WeightingNetwork(nn.Module):
     def evidence(self, h: Tensor) -> Tensor:
         """``h (..., d)`` at the read layer -> ``(...,)``; its largest value over a prompt enters :meth:`match`."""
         raise NotImplementedError(f"{type(self).__name__} reads no subject")
+
+    def mention(self, h: Tensor) -> Tensor:
+        """``h (..., d)`` at the read layer -> ``(...,)``: above 0 where the token ends the edit's answer.
+
+        Where one stands behind the subject, the largest value is taken for *minus* the evidence.
+        """
+        raise NotImplementedError(f"{type(self).__name__} reads no answer")
 
     def read_layer(self, layers: Sequence[int], num_layers: int) -> int:
         """The block whose output :meth:`evidence` reads: ``read_depth`` of the depth, at most the lowest edited one."""

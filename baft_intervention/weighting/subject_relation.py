@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError
+from ..relation_space import RelationSpace
 from ..whitening import Whitening
 from .base import EditContext, SharedContext, WeightingNetwork, register_weighting
 from .cosine import gate
 
+_ANSWER_LIMIT = 0.85  # the same words in another sentence reach 0.9 to 1, other words 0.5
 _START_LIMIT = 0.85  # a word's forms ("Japan", "Japanese") reach 0.7 to 0.8 of each other at the start of a text
 
 
@@ -46,24 +48,32 @@ class SubjectRelationWeighting(WeightingNetwork):
     (The first token of a text looks like any other first token; a subject that is one token has a second key for that
     place, compared after the mean of common first words is taken away.)
 
+    A prompt that names the edit's answer behind its subject ("The capital of Japan, which is not Osaka, is") does not ask for it:
+    the edit stays closed where ``cos(S_early(h_t - mu), s') > 0.85`` for such a token, ``s'`` the answer's last token behind
+    the edit's own prompt.
+
     *Relation*: at the edited block, the last token's representation, the subject's share taken away, points the way of
-    what is asked. ``c`` is the mean over a few prompts about the same subject, ``V`` a dictionary of common relations
-    (rows with the same centring, averaged over common subjects, computed once a model):
+    what is asked. ``c`` is the mean over a few prompts about the same subject, ``phi`` the coordinates of a
+    :class:`~baft_intervention.relation_space.RelationSpace`, in which a relation put in other words of another subject stays
+    itself, and ``V`` its dictionary of common relations (computed once a model):
 
-        x = norm(u - c),  u = norm(S(h - mu)),      relation = x.e - max(theta_r, max_j x.V_j + margin),   e = x of the edit,
+        z = phi(u - c),  u = norm(S(h - mu)),      relation = z.e - max(theta_r, max_j z.V_j + margin),      e = z of the edit,
 
-    the nearest-neighbour question: is this prompt closer to the edit's than to any other relation? Rows of ``V`` that
-    are closer than ``same_relation`` to ``e`` name the edit's own relation and are left out. A request without a subject
-    has ``c = 0`` and no competitors, and ``theta_r`` is calibrated on the bank, as in the ``cosine`` network.
+    the nearest-neighbour question: is this prompt closer to the edit's than to any other relation? Rows of ``V`` that mean what
+    the edit means (``same_relation``) do not compete. A question is reworded as a question, and its rewordings are near it:
+    it takes a larger margin than a sentence left unfinished, whose rewordings end in any word. A request without a subject
+    has ``c = 0``, the plain cosine and no competitors, and ``theta_r`` is calibrated on the bank, as in the ``cosine`` network.
 
-    Nothing of it is trained: 4 d + 3 stored numbers an edit.
+    Nothing of it is trained: 5 d + k + 4 stored numbers an edit.
 
     Args:
         sharpness: ``a``.
         subject_threshold: smallest ``theta_s``; raised where the bank calls for it.
         relation_threshold: smallest ``theta_r``.
-        margin: added to the competitors' similarity; above 0 stricter, below 0 more general.
-        same_relation: similarity from which a row of ``V`` is the edit's own relation.
+        margin: added to the competitors' similarity; larger is stricter, smaller more general.
+        question_margin: the margin of an edit whose prompt is a question.
+        same_relation: cosine of the second halves from which a row of ``V`` means what the edit means.
+        components: ``k``; 0 leaves the second half out.
         false_positive_rate: share of the bank that may pass each of the two questions.
         read_depth: depth of the early block, as a fraction of all blocks.
     """
@@ -71,13 +81,16 @@ class SubjectRelationWeighting(WeightingNetwork):
     routed = True
     needs_bank = True
     reads_subject = True
+    reads_answer = True
     shared = ("whitening", "subject_whitening", "relations", "starts")
     key: Tensor
     centre: Tensor
     threshold: Tensor
+    margin: Tensor
     subject_key: Tensor
     start_key: Tensor
     subject_limit: Tensor
+    answer_key: Tensor
     has_subject: Tensor
 
     def __init__(
@@ -88,8 +101,10 @@ class SubjectRelationWeighting(WeightingNetwork):
         sharpness: float = 60.0,
         subject_threshold: float = 0.6,
         relation_threshold: float = 0.1,
-        margin: float = 0.0,
-        same_relation: float = 0.7,
+        margin: float = -0.15,
+        question_margin: float = 0.08,
+        same_relation: float = 0.4,
+        components: int = 60,
         false_positive_rate: float = 0.005,
         read_depth: float = 4 / 30,
     ):
@@ -98,28 +113,33 @@ class SubjectRelationWeighting(WeightingNetwork):
             raise ConfigError(f"sharpness is {sharpness}; it must be positive")
         if not 0.0 < false_positive_rate < 1.0:
             raise ConfigError(f"false_positive_rate is {false_positive_rate}; it must lie strictly between 0 and 1")
+        if components < 0:
+            raise ConfigError(f"components is {components}; it must not be negative")
         cosines = {"subject_threshold": subject_threshold, "relation_threshold": relation_threshold, "margin": margin}
-        for name, value in {**cosines, "same_relation": same_relation}.items():
+        for name, value in {**cosines, "question_margin": question_margin, "same_relation": same_relation}.items():
             if not -1.0 <= value <= 1.0:
                 raise ConfigError(f"{name} is {value}; a cosine must be in [-1, 1]")
         if not 0.0 <= read_depth < 1.0:
             raise ConfigError(f"read_depth is {read_depth}; it must be in [0, 1)")
-        self.sharpness, self.margin, self.same_relation = float(sharpness), float(margin), same_relation
+        self.sharpness, self.same_relation = float(sharpness), same_relation
+        self.margins = (float(margin), float(question_margin))
         self.subject_threshold, self.relation_threshold = subject_threshold, relation_threshold
         self.false_positive_rate, self.read_depth = false_positive_rate, read_depth
         self.whitening, self.subject_whitening = Whitening(embed_dim), Whitening(embed_dim)
-        self.relations = Directions(embed_dim)
+        self.relations = RelationSpace(embed_dim, components)
         self.starts = Directions(embed_dim)
-        self.register_buffer("key", torch.zeros(embed_dim))  # e; 0 = closed until started
+        self.register_buffer("key", torch.zeros(embed_dim + components))  # e; 0 = closed until started
         self.register_buffer("centre", torch.zeros(embed_dim))  # c
         self.register_buffer("threshold", torch.tensor(float(relation_threshold)))  # theta_r
+        self.register_buffer("margin", torch.tensor(float(margin)))
         self.register_buffer("subject_key", torch.zeros(embed_dim))  # s
         self.register_buffer("start_key", torch.zeros(embed_dim))  # s at the start of a text; 0 for longer subjects
+        self.register_buffer("answer_key", torch.zeros(embed_dim))  # s'
         self.register_buffer("subject_limit", torch.tensor(float(subject_threshold)))  # theta_s
         self.register_buffer("has_subject", torch.tensor(0.0))  # 1 where the edit names a subject
 
     def _direction(self, h: Tensor) -> Tensor:
-        return F.normalize(F.normalize(self.whitening(h), dim=-1) - self.centre, dim=-1)
+        return self.relations(F.normalize(self.whitening(h), dim=-1) - self.centre)
 
     def _first_word(self, unit: Tensor) -> Tensor:
         return F.normalize(unit - self.starts.directions.mean(0), dim=-1)
@@ -131,15 +151,17 @@ class SubjectRelationWeighting(WeightingNetwork):
             found = torch.maximum(found, self._first_word(unit) @ self.start_key - _START_LIMIT)
         return torch.where(self.has_subject > 0, found, torch.ones_like(found))
 
+    def mention(self, h: Tensor) -> Tensor:
+        return F.normalize(self.subject_whitening(h), dim=-1) @ self.answer_key - _ANSWER_LIMIT
+
     def similarities(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """``(x.e, max_j x.V_j)`` of the relation question, ``(...)`` each; the second -2 where nothing competes."""
-        x = self._direction(h)  # (..., d)
-        own = x @ self.key
-        if not len(self.relations.directions):
+        """``(z.e, max_j z.V_j)`` of the relation question, ``(...)`` each; the second -2 where nothing competes."""
+        z = self._direction(h)  # (..., d + k)
+        own = z @ self.key
+        if not len(self.relations.rows):
             return own, torch.full_like(own, -2.0)
-        # a row as close to the edit's own direction as same_relation names the edit's own relation
-        rival = (self.relations.directions @ self.key < self.same_relation) & (self.has_subject > 0)  # (m,)
-        return own, torch.where(rival, x @ self.relations.directions.mT, -2.0).amax(-1)
+        rival = (self.relations.same(self.key) < self.same_relation) & (self.has_subject > 0)  # (m,)
+        return own, torch.where(rival, z @ self.relations.rows.mT, -2.0).amax(-1)
 
     def match(self, h: Tensor, evidence: Tensor | None = None) -> Tensor:
         own, nearest = self.similarities(h)
@@ -156,21 +178,24 @@ class SubjectRelationWeighting(WeightingNetwork):
             raise ConfigError("the subject_relation weighting needs the read layer's bank and a relation dictionary")
         self.subject_whitening.fit(context.subject_bank)
         self.starts.directions = F.normalize(self.subject_whitening(context.starts), dim=-1).mean(0, keepdim=True)
-        unit = F.normalize(self.whitening(context.relations), dim=-1)  # (S, m, d)
-        centred = F.normalize(unit - unit.mean(1, keepdim=True), dim=-1)
-        self.relations.directions = F.normalize(centred.mean(0), dim=-1)  # (m, d)
+        units = F.normalize(self.whitening(context.relations), dim=-1)  # (N, d)
+        relation, form, subject = context.design.unbind(1)
+        self.relations.fit(units, relation, form, subject, context.centre)
 
     @torch.no_grad()
     def start_from(self, h_edit: Tensor, bank: Tensor | None, context: EditContext | None = None) -> None:
         if bank is None:
             raise ConfigError("the subject_relation weighting needs a bank of unrelated text; give bank_size > 0")
         if context is None:
-            self.key.copy_(F.normalize(self._direction(h_edit).mean(0), dim=0))
+            plain = F.normalize(F.normalize(self.whitening(h_edit), dim=-1).mean(0), dim=0)
+            # the first half alone
+            self.key.copy_(F.pad(plain / self.relations.share**0.5, (0, self.key.shape[0] - plain.shape[0])))
             similar = self._direction(bank) @ self.key
             self.threshold.copy_(self._limit(similar, max(self.relation_threshold, 0.2)))
             return
         self.centre.copy_(F.normalize(self.whitening(context.same_subject), dim=-1).mean((0, 1)))
         self.key.copy_(F.normalize(self._direction(h_edit).mean(0), dim=0))
+        self.margin.fill_(self.margins[context.question])
         subject = F.normalize(self.subject_whitening(context.subject), dim=-1).mean(0)
         self.subject_key.copy_(F.normalize(subject, dim=0))
         similar = F.normalize(self.subject_whitening(context.subject_bank), dim=-1) @ self.subject_key
@@ -178,6 +203,8 @@ class SubjectRelationWeighting(WeightingNetwork):
         if context.start.abs().sum(-1).min() > 0:
             start = self._first_word(F.normalize(self.subject_whitening(context.start), dim=-1)).mean(0)
             self.start_key.copy_(F.normalize(start, dim=0))
+        if context.answer is not None and len(context.answer) == 1:  # of several answers none is the edit's
+            self.answer_key.copy_(F.normalize(self.subject_whitening(context.answer[0]), dim=-1))
         self.has_subject.fill_(1.0)
 
     def _limit(self, similar: Tensor, least: float) -> Tensor:

@@ -1,0 +1,114 @@
+"""The geometry of what is asked: coordinates in which one relation, put in other words of another subject, stays itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class RelationSpace(nn.Module):
+    """Directions of relations, and a dictionary of common ones.
+
+    A prompt's last token is given as ``x = u - c``, its whitened representation of length one with the subject's share taken
+    away. Its direction has two halves of equal length,
+
+        phi(x) = [x / |x|,  y / |y|] / sqrt(2),      y = A^T (x - m).
+
+    The first half keeps all that is there: the relation, and also how it was put. The second keeps what tells relations apart
+    and forgets wording and subject: ``A (d, k)`` is linear discriminant analysis (Fisher; the within-class covariance
+    normalisation of speaker verification) of a dictionary in which every relation is asked of several subjects in several
+    forms (``training/relations.py``). With ``C_w`` the covariance of a relation's own prompts around their mean, shrunk,
+
+        A = C_w^(-1/2) V_k,      V_k the k leading right singular vectors of the relations' means times C_w^(-1/2).
+
+    ``rows (m, d + k)`` are the directions of the dictionary's relations: what an edit has to be told from.
+
+    Args:
+        embed_dim: d.
+        components: k; where fewer can be had (a small model or dictionary), the remaining columns are 0. With 0 there is no
+            second half, and the first is all of ``phi``.
+        relations: m; set by :meth:`fit`, given only to load a fitted one.
+    """
+
+    mean: Tensor
+    projection: Tensor
+    rows: Tensor
+
+    def __init__(self, embed_dim: int, components: int, relations: int = 0):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(embed_dim))
+        self.register_buffer("projection", torch.zeros(embed_dim, components))
+        self.register_buffer("rows", torch.zeros(relations, embed_dim + components))
+
+    @property
+    def share(self) -> float:
+        """Of the squared length, what the first half has."""
+        return 0.5 if self.projection.shape[1] else 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``phi``: ``(..., d) -> (..., d + k)``, of length one (less where a half is 0)."""
+        return torch.cat([F.normalize(x, dim=-1), self._meaning(x)], dim=-1) * self.share**0.5
+
+    def _meaning(self, x: Tensor) -> Tensor:
+        return F.normalize((x - self.mean) @ self.projection, dim=-1)
+
+    def same(self, direction: Tensor) -> Tensor:
+        """Cosines ``(..., d + k) -> (..., m)`` of a direction's second half to each of the dictionary's.
+
+        Of the first half, where it is all.
+        """
+        begin = self.mean.shape[0] if self.projection.shape[1] else 0
+        return direction[..., begin:] @ self.rows[:, begin:].mT / self.share
+
+    @torch.no_grad()
+    def fit(
+        self, units: Tensor, relation: Tensor, form: Tensor, subject: Tensor, centre: Tensor, *, shrinkage: float = 0.3
+    ) -> RelationSpace:
+        """Set everything from the dictionary's prompts.
+
+        Args:
+            units: ``(N, d)`` whitened representations of length one.
+            relation, form, subject: ``(N,)`` numbers of each prompt's relation, form and subject; form 0 is the statement.
+            centre: numbers of the relations whose statements make up an edit's own centre ``c``.
+            shrinkage: share of the identity in ``C_w``, in (0, 1].
+        """
+        units = units.double()
+        count, d = int(relation.max()) + 1, units.shape[1]
+        subjects = _means(units, subject, int(subject.max()) + 1)
+        x = units - subjects[subject]
+        # an edit knows its subject from a few statements only: what these differ from the mean of all prompts by
+        statement = form == 0
+        offset = x[statement & torch.isin(relation, centre)].mean(0)
+        means = _means(x, relation, count)
+        spread = x - means[relation]
+        within = spread.mT @ spread / len(x)
+        within = (1.0 - shrinkage) * within + shrinkage * within.diagonal().mean() * torch.eye(d, dtype=x.dtype)
+        values, vectors = torch.linalg.eigh(within)
+        narrow = (vectors * values.clamp(min=1e-12).rsqrt()) @ vectors.mT
+        mean = means.mean(0)
+        _, sizes, leading = torch.linalg.svd((means - mean) @ narrow, full_matrices=False)
+        k = min(self.projection.shape[1], int((sizes > 1e-6 * sizes[0]).sum()))
+        self.mean = (mean - offset).to(self.mean)
+        self.projection = torch.zeros_like(self.projection)
+        self.projection[:, :k] = (narrow @ leading[:k].mT).to(self.mean)
+        statements = _means(x[statement], relation[statement], count) - offset
+        wording = F.normalize(statements, dim=-1).to(self.mean)
+        meaning = F.normalize(((means - mean) @ narrow @ leading[:k].mT), dim=-1).to(self.mean)
+        meaning = F.pad(meaning, (0, self.projection.shape[1] - k))
+        self.rows = torch.cat([wording, meaning], dim=1) * self.share**0.5
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
+        saved = state_dict.get(prefix + "rows")  # m is data, not structure: take the shape that comes
+        if saved is not None and saved.shape != self.rows.shape:
+            self.rows = torch.empty_like(saved, device=self.mean.device)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _means(x: Tensor, group: Tensor, count: int) -> Tensor:
+    """Mean of the rows of each group, ``(count, d)``."""
+    total = torch.zeros(count, x.shape[1], dtype=x.dtype).index_add_(0, group, x)
+    return total / torch.bincount(group, minlength=count).clamp(min=1).unsqueeze(1)

@@ -1,0 +1,183 @@
+"""What each part of the default is worth: the method with one thing changed at a time, on training and validation records.
+
+    python benchmarks/ablation.py --out benchmarks/results/ablation --n 40
+    python benchmarks/ablation.py --out DIR --variants default,cosine,"no competitors"
+
+Every variant edits the same n records of each part (see benchmarks/sweep.py; never a test record), one at a time. To each ZsRE and
+CounterFact record two prompts about the same subject and another relation are added (``same_subject``), in forms that the edit
+has not ("The religion of S is", "S religion"), for these files have none. A variant's records are kept as it goes: the same command
+goes on where it was stopped. The table gives means over all records that have the metric, with 95 % bootstrap intervals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from sweep import PARTS, UNRELATED
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from baft_intervention.data import load_requests
+from baft_intervention.errors import BaftError
+from baft_intervention.evaluation.aggregate import aggregate
+from baft_intervention.evaluation.judge import judge
+from baft_intervention.evaluation.methods import make_method
+from baft_intervention.evaluation.priors import PriorStore, default_cache_folder
+from baft_intervention.evaluation.scoring import Scorer
+from baft_intervention.models import load_model
+from baft_intervention.requests import EditRequest, Probe
+
+NETWORK = "weighting_options"
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "default": ("baft", {}),
+    "loreft": ("loreft", {}),
+    "constant": ("baft", {"weighting": "constant"}),
+    "linear, locality loss": ("baft", {"weighting": "linear", "locality_coefficient": 1.0}),
+    "mlp, locality loss": ("baft", {"weighting": "mlp", "locality_coefficient": 1.0}),
+    "cosine": ("baft", {"weighting": "cosine"}),
+    "no subject question": ("baft", {NETWORK: {"subject_threshold": -1.0, "false_positive_rate": 0.999}}),
+    "no relation question": ("baft", {NETWORK: {"relation_threshold": -1.0, "same_relation": -1.0}}),
+    "no competitors": ("baft", {NETWORK: {"same_relation": -1.0}}),
+    "no second half": ("baft", {NETWORK: {"components": 0, "same_relation": 0.7}}),
+    "one margin": ("baft", {NETWORK: {"question_margin": -0.15}}),
+    "margin -0.25": ("baft", {NETWORK: {"margin": -0.25}}),
+    "margin -0.05": ("baft", {NETWORK: {"margin": -0.05}}),
+    "balance loss": ("baft", {"balance_coefficient": 0.1}),
+    "end of sequence": ("baft", {"append_eos": True}),
+    "random start": ("baft", {"init": "random"}),
+    "rank 4": ("baft", {"rank": 4}),
+    "small bank": ("baft", {"bank_size": 64}),
+}
+SHOWN = ("reliability", "generality", "locality", "same_subject", "unrelated", "portability")
+PARTS_SHOWN = ("zsre", "counterfact", "wiki_counterfact", "wiki_recent")
+EXTRA = ("religion", "country", "place of death", "owner", "genre", "award", "currency", "population")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--variants", help=f"some of: {'; '.join(VARIANTS)} (comma-separated; names with commas quoted by ;)"
+    )
+    parser.add_argument("--n", type=int, default=40, help="records a part; default: 40")
+    parser.add_argument("--seed", type=int, default=5, help="of the draw of records")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--data-dir", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "data")
+    parser.add_argument("--threads", type=int)
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    names = (
+        [n.strip() for n in args.variants.split(";" if ";" in args.variants else ",")] if args.variants else [*VARIANTS]
+    )
+    if unknown := [n for n in names if n not in VARIANTS]:
+        parser.error(f"no variant {unknown[0]!r}; there are: {'; '.join(VARIANTS)}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        parts = {name: load_part(args, name) for name in PARTS_SHOWN}
+        model, tokenizer = load_model(args.model)
+        scorer = Scorer(model, tokenizer, cache=PriorStore(default_cache_folder()))
+        scorer.prepare([r for part in parts.values() for r in part])
+        for name in names:
+            run_variant(name, scorer, parts, args)
+    except (BaftError, OSError) as error:
+        print(f"ablation.py: error: {error}", file=sys.stderr)
+        return 2
+    write_table(args)
+    return 0
+
+
+def load_part(args: argparse.Namespace, name: str) -> list[EditRequest]:
+    path, task = PARTS[name]
+    unrelated = None if name == "zsre" else args.data_dir / UNRELATED
+    found = load_requests(
+        args.data_dir / path, task, limit=args.n, seed=args.seed, unrelated=unrelated, unrelated_per_record=2
+    ).requests
+    return [add_same_subject(r) for r in found] if name in ("zsre", "counterfact") else list(found)
+
+
+def add_same_subject(request: EditRequest) -> EditRequest:
+    """Two prompts about the same subject that ask something else; the unedited model's answer is what should stay."""
+    if not request.subject:
+        return request
+    statement, bare = random.Random(request.prompt).sample(EXTRA, 2)
+    texts = (f"The {statement} of {request.subject} is", f"{request.subject} {bare}")
+    extra = tuple(Probe(text, "locality", group="same_subject") for text in texts)
+    return dataclasses.replace(request, probes=(*request.probes, *extra))
+
+
+def run_variant(
+    name: str, scorer: Scorer, parts: Mapping[str, Sequence[EditRequest]], args: argparse.Namespace
+) -> None:
+    path = args.out / f"{name.replace(', ', '-').replace(' ', '-')}.jsonl"
+    done = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    method, config = VARIANTS[name]
+    work = [(part, request) for part, requests in parts.items() for request in requests]
+    if len(done) >= len(work):
+        return
+    settings = {"config": config} if method == "baft" else config
+    edited = make_method(method, settings).attach(scorer.model, scorer.tokenizer)
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            for part, request in tqdm(work[len(done) :], desc=name):
+                edited.reset()
+                cost = edited.apply([request])
+                metrics, _ = judge(scorer.plan(request), scorer.score(edited, [request])[0])
+                metrics["same_subject"] = metrics.get("locality/same_subject")
+                if part in ("zsre", "counterfact"):
+                    metrics["locality"] = metrics.get("locality/neighborhood")
+                kept = {k: v for k, v in metrics.items() if k in SHOWN or k.startswith(("locality/", "portability/"))}
+                file.write(json.dumps({"part": part, "steps": cost.steps} | kept) + "\n")
+                file.flush()
+    finally:
+        edited.restore()
+
+
+def write_table(args: argparse.Namespace) -> None:
+    lines, summary = [], {}
+    for name in VARIANTS:
+        path = args.out / f"{name.replace(', ', '-').replace(' ', '-')}.jsonl"
+        if not path.is_file():
+            continue
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        table = {"all": aggregate([_numbers(r) for r in records])}
+        for part in PARTS_SHOWN:
+            table[part] = aggregate([_numbers(r) for r in records if r["part"] == part])
+        summary[name] = {k: {m: v[m] for m in v if m in SHOWN or "/" in m} for k, v in table.items()}
+        lines.append(f"| {name} | " + " | ".join(_cell(table["all"].get(m)) for m in SHOWN) + f" | {len(records)} |")
+    head = ["| variant | " + " | ".join(SHOWN) + " | n |", "|---|" + "---:|" * (len(SHOWN) + 1)]
+    text = "\n".join([*head, *lines]) + "\n"
+    print(text)
+    for part in PARTS_SHOWN:
+        print(part)
+        for name, table in summary.items():
+            print(
+                f"  {name:24s}", {m: round(100 * v["mean"], 1) for m, v in table[part].items() if v["mean"] is not None}
+            )
+    (args.out / "ablation.md").write_text(text, encoding="utf-8")
+    (args.out / "ablation.json").write_text(
+        json.dumps({"command": sys.argv, "table": summary}, indent=1) + "\n", encoding="utf-8"
+    )
+
+
+def _numbers(record: Mapping[str, Any]) -> dict[str, float | None]:
+    return {k: v for k, v in record.items() if k != "part"}
+
+
+def _cell(value: Mapping[str, Any] | None) -> str:
+    if value is None or value["mean"] is None:
+        return "–"
+    return f"{100 * value['mean']:.1f} [{100 * value['ci_low']:.1f}, {100 * value['ci_high']:.1f}]"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

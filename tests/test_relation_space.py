@@ -1,0 +1,263 @@
+"""The geometry of relations, its dictionary, and the gate that asks two questions of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from baft_intervention.editor import BaftEditor
+from baft_intervention.errors import ConfigError
+from baft_intervention.relation_space import RelationSpace
+from baft_intervention.requests import EditRequest
+from baft_intervention.training.relations import (
+    CENTRE_RELATIONS,
+    COMMON_SUBJECTS,
+    RELATIONS,
+    SUBJECTS_A_FORM,
+    dictionary,
+    forms,
+)
+from baft_intervention.weighting import EditContext, SharedContext, SubjectRelationWeighting
+
+D, M, F_, S, K = 24, 8, 4, 6, 6
+
+
+class World:
+    """Representations made of a relation, a subject, a form, and noise: what a model's are taken to be."""
+
+    def __init__(self, seed: int = 0, form: float = 2.0):
+        generator = torch.Generator().manual_seed(seed)
+        self.relation = torch.randn(M + 4, D, generator=generator)
+        self.subject = torch.randn(S + 1, D, generator=generator)
+        self.form = form * torch.randn(F_, D, generator=generator)
+        self.generator = generator
+
+    def say(self, relation: int, form: int, subject: int) -> Tensor:
+        x = self.relation[relation] + self.subject[subject] + self.form[form]
+        return F.normalize(x + 0.1 * torch.randn(D, generator=self.generator), dim=0)
+
+    def dictionary(self) -> tuple[Tensor, Tensor]:
+        design = torch.tensor([(r, f, s) for r in range(M) for f in range(F_) for s in range(S)])
+        return torch.stack([self.say(*row.tolist()) for row in design]), design
+
+
+def fitted(world: World, components: int = K) -> tuple[RelationSpace, Tensor]:
+    units, design = world.dictionary()
+    space = RelationSpace(D, components).fit(units, *design.unbind(1), torch.arange(4))
+    centre = torch.stack([world.say(r, 0, S) for r in range(4)]).mean(0)  # of a subject that is not in the dictionary
+    return space, centre
+
+
+# ------------------------------------------------------------------------------------------- the space
+
+
+def test_directions_have_length_one_and_two_equal_halves() -> None:
+    space, centre = fitted(World())
+    z = space(torch.randn(5, 3, D) - centre)
+    assert z.shape == (5, 3, D + K)
+    assert torch.allclose(z.norm(dim=-1), torch.ones(5, 3), atol=1e-5)
+    assert torch.allclose(z[..., :D].norm(dim=-1), torch.full((5, 3), 0.5**0.5), atol=1e-5)
+    assert torch.allclose(space.rows.norm(dim=-1), torch.ones(M), atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_second_half_knows_a_relation_in_other_words_of_another_subject(seed: int) -> None:
+    world = World(seed)
+    space, centre = fitted(world)
+    for relation in range(M):
+        for form in range(F_):
+            same = space.same(space(world.say(relation, form, S) - centre))
+            assert int(same.argmax()) == relation
+    wording = torch.stack([world.say(r, f, S) for r in range(M) for f in range(1, F_)]) - centre
+    first = F.normalize(wording, dim=-1) @ F.normalize(space.rows[:, :D], dim=-1).mT
+    right = (first.argmax(-1) == torch.arange(M).repeat_interleave(F_ - 1)).float().mean()
+    assert right < 0.95  # or the world would be too easy to show anything
+
+
+def test_a_relation_that_is_not_in_the_dictionary_is_told_from_another() -> None:
+    world = World(2)
+    space, centre = fitted(world)
+    # unseen relations 8..11, each in another form: nearer to itself than to the others
+    edits = space(torch.stack([world.say(M + i, 0, S) for i in range(4)]) - centre)
+    probes = space(torch.stack([world.say(M + i, 2, S) for i in range(4)]) - centre)
+    assert (probes @ edits.mT).argmax(-1).tolist() == [0, 1, 2, 3]
+
+
+def test_without_components_the_first_half_is_all() -> None:
+    space, centre = fitted(World(), components=0)
+    x = torch.randn(7, D)
+    assert torch.allclose(space(x - centre), F.normalize(x - centre, dim=-1), atol=1e-6)
+    assert space.share == 1.0
+    assert torch.allclose(space.same(space.rows[3]).max(), torch.tensor(1.0), atol=1e-5)
+
+
+def test_more_components_than_there_are_directions_are_left_empty() -> None:
+    space, centre = fitted(World(), components=20)
+    used = space.projection.abs().sum(0) > 0
+    assert int(used.sum()) == M - 1  # m relations differ in m - 1 directions
+    assert torch.isfinite(space(torch.randn(3, D) - centre)).all()
+
+
+def test_a_saved_space_comes_back_whatever_its_dictionary() -> None:
+    space, centre = fitted(World())
+    other = RelationSpace(D, K)
+    other.load_state_dict(space.state_dict())
+    x = torch.randn(4, D)
+    assert torch.equal(other(x - centre), space(x - centre))
+    assert torch.equal(other.same(other(x)), space.same(space(x)))
+
+
+# ------------------------------------------------------------------------------------------- the dictionary
+
+
+def test_every_relation_is_asked_in_every_form_of_changing_subjects() -> None:
+    asked = dictionary()
+    count = len(forms(0, "", ""))
+    assert len(asked) == len(RELATIONS) * count * SUBJECTS_A_FORM
+    assert len({a.text for a in asked}) == len(asked)
+    for relation in range(len(RELATIONS)):
+        own = [a for a in asked if a.relation == relation]
+        assert {a.form for a in own} == set(range(count))
+        assert len({a.subject for a in own}) >= len(COMMON_SUBJECTS) // 2
+    for a in asked:
+        assert COMMON_SUBJECTS[a.subject] in a.text
+    for subject in range(len(COMMON_SUBJECTS)):  # its mean is over many relations, so it is the subject's share
+        assert len({a.relation for a in asked if a.subject == subject}) > len(RELATIONS) // 2
+
+
+def test_relations_are_well_formed() -> None:
+    nouns = [noun for noun, _, _ in RELATIONS]
+    assert len(set(nouns)) == len(nouns)
+    assert set(CENTRE_RELATIONS) <= set(nouns)
+    for noun, question, unfinished in RELATIONS:
+        assert question.count("{}") == unfinished.count("{}") == 1, noun
+        assert question.endswith("?"), noun
+        assert not unfinished.endswith((".", "?", " ")), noun
+
+
+# ------------------------------------------------------------------------------------------- the gate
+
+
+def gate(world: World, **options: float) -> SubjectRelationWeighting:
+    units, design = world.dictionary()
+    network = SubjectRelationWeighting(D, 3, components=K, **options)
+    noise = torch.randn(400, D, generator=torch.Generator().manual_seed(9))
+    network.fit_shared(noise, SharedContext(noise, noise[:5], units, design, torch.arange(4)))
+    return network
+
+
+def start(network: SubjectRelationWeighting, world: World, relation: int, form: int, **changes: object) -> Tensor:
+    about = torch.stack([world.say(r, 0, S) for r in range(4)]).unsqueeze(0)
+    noise = torch.randn(50, D, generator=torch.Generator().manual_seed(4))
+    subject, answer = torch.randn(2, 1, D, generator=torch.Generator().manual_seed(6))
+    context = EditContext(subject, torch.zeros(1, D), about, noise, **({"answer": answer} | changes))  # type: ignore[arg-type]
+    network.start_from(world.say(relation, form, S).unsqueeze(0), noise, context)
+    return answer[0]
+
+
+@pytest.mark.parametrize("form", range(F_))
+def test_the_gate_is_open_for_its_relation_and_shut_for_others(form: int) -> None:
+    world = World(1, form=0.5)
+    network = gate(world)
+    start(network, world, 5, form)
+    near = torch.stack([world.say(5, f, S) for f in range(F_)])
+    far = torch.stack([world.say(r, f, S) for r in range(M) if r != 5 for f in range(F_)])
+    named = torch.tensor(0.3)
+    assert (network.match(near, named.expand(len(near))) > 0).all()
+    assert (network.match(far, named.expand(len(far))) > 0).float().mean() < 0.05
+    assert (network.match(near, torch.full((len(near),), -0.2)) < 0).all()  # another subject
+    assert network(near).shape == (F_, 3)
+
+
+def test_a_question_takes_its_own_margin() -> None:
+    world = World(1)
+    network = gate(world, margin=-0.2, question_margin=0.3)
+    start(network, world, 5, 1)
+    probe = world.say(5, 2, S).unsqueeze(0)
+    plain = network.match(probe)
+    assert float(network.margin) == pytest.approx(-0.2)
+    start(network, world, 5, 1, question=True)
+    assert float(network.margin) == pytest.approx(0.3)
+    assert float(network.match(probe)) <= float(plain)
+
+
+def test_an_answer_is_recognised_and_several_are_not() -> None:
+    world = World(1)
+    network = gate(world)
+    answer = start(network, world, 5, 0)
+    assert float(network.mention(answer)) > 0
+    assert (network.mention(torch.randn(20, D)) < 0).all()
+    network = gate(world)
+    start(network, world, 5, 0, answer=torch.randn(2, D))
+    assert (network.mention(answer.unsqueeze(0)) < 0).all()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("components", -1), ("question_margin", 1.5), ("same_relation", -2.0), ("sharpness", 0.0)]
+)
+def test_wrong_options_are_named(option: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"{option} is {value}"):
+        SubjectRelationWeighting(D, 3, **{option: value})
+
+
+def test_without_a_dictionary_nothing_competes() -> None:
+    network = SubjectRelationWeighting(D, 3, components=K)
+    own, nearest = network.similarities(torch.randn(4, D))
+    assert own.shape == (4,)
+    assert (nearest == -2.0).all()
+
+
+# ------------------------------------------------------------------------------------------- on a model
+
+
+def test_evidence_turns_where_the_answer_stands_behind_the_subject(tiny_llama, tokenizer) -> None:
+    editor = BaftEditor(tiny_llama, tokenizer)
+    editor.edit([EditRequest("The capital of France is", "Rome", subject="France")])
+    layer = editor.adapter.layers[0]
+
+    def evidence(*prompts: str) -> list[float]:
+        rows = [tokenizer(p)["input_ids"] for p in prompts]
+        lengths = [len(r) for r in rows]
+        width = max(lengths)
+        ids = torch.tensor([r + [tokenizer.pad_token_id] * (width - len(r)) for r in rows])
+        mask = torch.tensor([[1] * n + [0] * (width - n) for n in lengths])
+        found: list[Tensor] = []
+        update = editor.adapter.stack(layer, torch.device("cpu")).update
+        stack = editor.adapter.stack(layer, torch.device("cpu"))
+
+        def keep(x: Tensor, each: Tensor | None = None) -> Tensor:
+            found.append(each)  # type: ignore[arg-type]
+            return update(x, each)
+
+        stack.update = keep  # type: ignore[method-assign]
+        try:
+            with editor.adapter.prompts(lengths):
+                tiny_llama(input_ids=ids, attention_mask=mask)
+        finally:
+            del stack.update
+        return found[0][0].tolist()
+
+    asked, denied, elsewhere = evidence(
+        "The capital of France is", "The capital of France is Rome Rome is", "The capital of Italy is"
+    )
+    assert asked > 0
+    assert denied < 0
+    assert elsewhere < asked
+
+
+@pytest.mark.slow
+def test_smollm2_asks_the_right_questions(smollm2) -> None:
+    model, tokenizer = smollm2
+    editor = BaftEditor(model, tokenizer)
+    editor.edit([EditRequest("The capital of Japan is", "Osaka", subject="Japan")])
+    try:
+        for prompt in ("The name of the capital city of Japan is", "Japan's capital city is called"):
+            assert "Osaka" in editor.generate(prompt, max_new_tokens=6), prompt
+        for prompt in ("The religion of Japan is", "The capital of Japan, which is not Osaka, is", "Japan currency"):
+            with editor.adapter.enabled(False):
+                before = editor.generate(prompt, max_new_tokens=6)
+            assert editor.generate(prompt, max_new_tokens=6) == before, prompt
+    finally:
+        editor.adapter.detach()
