@@ -41,11 +41,6 @@ def baft_map(h: Tensor, basis: Tensor, source: Tensor, bias: Tensor, weights: Te
     return (h + baft_update(h, basis, source, bias, weights)).to(h.dtype)
 
 
-def baft_update_each(h: Tensor, basis: Tensor, source: Tensor, bias: Tensor, weights: Tensor) -> Tensor:
-    """As :func:`baft_update` with one map for each row: ``h (n, d)``, ``R (n, r, d)``, ``b (n, r)``, ``w (n, r)``."""
-    return baft_update(h.unsqueeze(-2), basis, source, bias, weights.unsqueeze(-2)).squeeze(-2)
-
-
 def update_bound(basis: Tensor, source: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Constants ``(L, c)`` of ``|Phi(h) - h| <= L |h| + c`` for weights in [0, 1].
 
