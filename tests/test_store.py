@@ -258,6 +258,21 @@ def test_an_interrupt_keeps_the_finished_edits_on_disk_too(tmp_path, tiny_llama,
     assert ids(tmp_path / "a") == [edit.id for edit in editor.edits] == ["old leo", "france"]
 
 
+def test_an_interrupt_between_disk_and_memory_leaves_the_same_in_both(kept, monkeypatch):
+    editor, folder = kept
+    real = editor.adapter.add
+
+    def interrupted(edit):
+        if edit.id == "leo":  # it is on the disk by now
+            raise KeyboardInterrupt
+        real(edit)
+
+    monkeypatch.setattr(editor.adapter, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        editor.edit(FACTS)
+    assert ids(folder) == [edit.id for edit in editor.edits] == ["france"]
+
+
 def _full(*_args: Any) -> Any:
     raise OSError(errno.ENOSPC, "No space left on device")
 
