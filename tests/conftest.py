@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_reft)
         if item.get_closest_marker("pin") and transformers.__version__ != PIN:
             item.add_marker(no_pin)
+
+
+class _Deprecations(logging.Handler):
+    """Keeps what is logged about deprecations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "deprecated" in record.getMessage():
+            self.texts.append(record.getMessage())
+
+
+@pytest.fixture(autouse=True)
+def no_deprecations() -> Iterator[None]:
+    """transformers logs half of its deprecations instead of warning of them; in the tests they are errors too.
+
+    Not on 4.45.1, which deprecates what it does itself (caches as tuples): the newest version says what matters.
+    """
+    if transformers.__version__ == PIN:
+        yield
+        return
+    handler, logger = _Deprecations(), logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+    assert handler.texts == [], "transformers says that something is deprecated"
 
 
 @pytest.fixture(params=ARCHS)
