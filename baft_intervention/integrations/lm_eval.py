@@ -1,0 +1,96 @@
+"""lm-evaluation-harness's door: what an edited model can still do, on the harness's tasks or your own.
+
+    from lm_eval import simple_evaluate
+    from baft_intervention.integrations.lm_eval import make_lm
+
+    lm = make_lm(editor, batch_size=16)
+    simple_evaluate(lm, tasks=["arc_easy"])
+    with editor.enabled(False):
+        simple_evaluate(lm, tasks=["arc_easy"])  # the unedited model, for comparison
+
+The harness scores an answer by feeding context and answer in one sequence. An edit sits at the end of the context, so
+the model is told where that is; the harness's own class for transformers models would leave the edits out of every
+multiple-choice task, and show no harm where there may be some.
+
+``pip install 'baft_intervention[harness]'`` brings the harness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..editor import BaftEditor
+from ..errors import ConfigError
+from ..tokenization import pad_rows, pad_token_id
+
+Request = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, ids of the context, ids of the answer
+
+
+def make_lm(editor: BaftEditor, *, batch_size: int = 8, **options: Any) -> Any:
+    """The editor's model as an ``lm_eval.api.model.LM``, whose answers are the edited model's while edits are enabled.
+
+    Args:
+        editor: model, tokenizer and edits; edits that are made later count from then on.
+        batch_size: sequences a batch.
+        **options: of ``lm_eval.models.huggingface.HFLM``: ``max_length``, ``add_bos_token``, …
+
+    Raises:
+        ConfigError: a batch size below 1.
+        ImportError: the harness is not installed.
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size!r}; it must be a whole number of at least 1")
+    from lm_eval.models import huggingface  # pyright: ignore[reportMissingImports]
+
+    transformers_lm: Any = huggingface.HFLM
+
+    class EditedLM(transformers_lm):
+        def _loglikelihood_tokens(
+            self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
+        ) -> list[tuple[float, bool]]:
+            found = answer_log_probs(
+                editor, [(c, a) for _, c, a in requests], batch_size=batch_size, max_length=self.max_length
+            )
+            for (texts, _, _), answer in zip(requests, found, strict=True):
+                if texts is not None:  # None: a piece of a longer text
+                    self.cache_hook.add_partial("loglikelihood", texts, answer)
+            return found
+
+    device = str(next(editor.model.parameters()).device)
+    return EditedLM(
+        pretrained=editor.model, tokenizer=editor.tokenizer, backend="causal", device=device, batch_size=batch_size, **options
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def answer_log_probs(
+    editor: BaftEditor, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, batch_size: int, max_length: int
+) -> list[tuple[float, bool]]:
+    """``(log p(answer | context), whether it is the greedy one)`` of ids; natural logarithm, summed over the answer's tokens.
+
+    Args:
+        editor: whose edits sit at the end of each context.
+        pairs: ids of context and answer, neither empty.
+        batch_size: sequences a batch; the longest are scored first.
+        max_length: tokens that the model reads; of a longer sequence the beginning is cut off.
+    """
+    found: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
+    order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
+    device = next(editor.model.parameters()).device
+    for begin in range(0, len(order), batch_size):
+        batch = order[begin : begin + batch_size]
+        whole = [[*pairs[i][0], *pairs[i][1]][-(max_length + 1) :] for i in batch]
+        rows = [ids[:-1] for ids in whole]  # the last token of an answer is never an input
+        lengths = [max(1, len(ids) - len(pairs[i][1])) for i, ids in zip(batch, whole, strict=True)]
+        ids, mask = pad_rows(rows, pad_token_id(editor.tokenizer))
+        with editor.adapter.prompts(lengths):
+            logits = editor.model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+        for k, i in enumerate(batch):
+            answer = torch.tensor(whole[k][lengths[k] :], device=device)
+            scores = logits[k, lengths[k] - 1 : len(rows[k])].float().log_softmax(-1)  # (n, V)
+            likely = float(scores.gather(1, answer[:, None]).sum())
+            found[i] = likely, bool((scores.argmax(-1) == answer).all())
+    return found
