@@ -17,6 +17,7 @@ from .weighting import make_weighting, weighting_class
 Allocation = Literal["per_edit", "joint"]
 Engine = Literal["auto", "reference"]
 Init = Literal["identity", "random"]
+Schedule = Literal["linear", "constant"]
 
 # layer 27 of 30 on SmolLM2: of 20, 25 and 27 the edits there generalise best on the validation parts (docs/tradeoff.md)
 DEFAULT_DEPTH = 0.9
@@ -42,6 +43,8 @@ class BaftConfig:
             of one call in one set of bases, as the paper's batched editing does.
         init: ``identity`` or ``random``, see :class:`~baft_intervention.basis_map.BasisWeightedMap`.
         learning_rate, weight_decay: of AdamW; decay leaves the orthonormal basis where it is.
+        schedule: ``linear`` lets the rate fall to 0 over ``steps``, ``constant`` does not. The gate allows a high rate at
+            first, with which most edits are done in a few steps and their paraphrases follow; long targets need a low one.
         steps: most optimiser steps an edit.
         loss_target: stop when the mean loss over target tokens (nats) falls below; 0 never stops early.
         append_eos: train the end of sequence behind the target too.
@@ -62,9 +65,10 @@ class BaftConfig:
     weighting: str = "subject_relation"
     weighting_options: Mapping[str, Any] = field(default_factory=dict)
     allocation: Allocation = "per_edit"
-    init: Init = "identity"
-    learning_rate: float = 3e-2
+    init: Init = "random"
+    learning_rate: float = 2e-2
     weight_decay: float = 0.0
+    schedule: Schedule = "linear"
     steps: int = 60
     loss_target: float = 0.02
     append_eos: bool = False
@@ -86,6 +90,7 @@ class BaftConfig:
             _real(self, name, 0.0)
         _choice(self, "allocation", get_args(Allocation))
         _choice(self, "init", get_args(Init))
+        _choice(self, "schedule", get_args(Schedule))
         _choice(self, "engine", get_args(Engine))
         if not isinstance(self.append_eos, bool):
             raise ConfigError(f"append_eos is {self.append_eos!r}; it must be true or false")
@@ -124,6 +129,10 @@ class BaftConfig:
     @property
     def rule(self) -> PositionRule:
         return PositionRule.parse(self.positions)
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of optimiser step ``step``, counted from 0: ``learning_rate (1 - step / steps)`` where it falls."""
+        return self.learning_rate * (1.0 - step / self.steps if self.schedule == "linear" else 1.0)
 
     def resolved_layers(self, num_layers: int) -> tuple[int, ...]:
         """0-based, ascending block numbers for a model of ``num_layers`` blocks.

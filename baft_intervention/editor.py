@@ -689,5 +689,5 @@ def _check_settings(theirs: BaftConfig, ours: BaftConfig, where: str) -> None:
 # settings that only training reads: an adapter made with others answers the same
 _TRAINING_ONLY = {
     "learning_rate", "weight_decay", "steps", "loss_target", "append_eos", "locality_coefficient", "balance_coefficient",
-    "bank_size", "max_grad_norm", "seed", "engine", "init", "allocation",
+    "bank_size", "max_grad_norm", "seed", "engine", "init", "allocation", "schedule",
 }  # fmt: skip

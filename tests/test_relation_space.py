@@ -45,7 +45,7 @@ class World:
 
 def fitted(world: World, components: int = K) -> tuple[RelationSpace, Tensor]:
     units, design = world.dictionary()
-    space = RelationSpace(D, components).fit(units, *design.unbind(1), torch.arange(4))
+    space = RelationSpace(D, components).fit(units, design[:, 0], design[:, 1], design[:, 2], torch.arange(4))
     centre = torch.stack([world.say(r, 0, S) for r in range(4)]).mean(0)  # of a subject that is not in the dictionary
     return space, centre
 
@@ -199,7 +199,7 @@ def test_an_answer_is_recognised_and_several_are_not() -> None:
 )
 def test_wrong_options_are_named(option: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"{option} is {value}"):
-        SubjectRelationWeighting(D, 3, **{option: value})
+        SubjectRelationWeighting(D, 3, **{option: value})  # type: ignore[arg-type]
 
 
 def test_without_a_dictionary_nothing_competes() -> None:

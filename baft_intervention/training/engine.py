@@ -243,6 +243,7 @@ class ReferenceEngine:
                 for parameter, gradient in zip(parameters, gradients, strict=True):
                     parameter.grad = gradient
                 torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+                optimiser.param_groups[0]["lr"] = config.rate_at(steps)
                 optimiser.step()
         used = {layer: weights[layer].detach().sum(0).cpu() for layer in self.layers}
         tensors = {layer: map_tensors(module) for layer, module in maps.items()}

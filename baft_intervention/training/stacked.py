@@ -219,6 +219,7 @@ class StackedMaps:
             tensor.grad = (
                 None if gradient is None else (gradient * factor.view(-1, *[1] * (gradient.ndim - 1))).contiguous()
             )
+        self._optimiser.param_groups[0]["lr"] = self.config.rate_at(self.step)
         self._optimiser.step()
         self.step += 1
 

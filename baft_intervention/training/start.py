@@ -113,7 +113,8 @@ def edit_contexts(
         if not first:
             contexts.append(None)
             continue
-        question = all(not r.messages and r.prompt.rstrip().endswith("?") for r in job.requests)
+        # whatever is said to a chat model, its last token is the template's: near it, as the rewordings of a question are
+        question = all(bool(r.messages) or r.prompt.rstrip().endswith("?") for r in job.requests)
         subject = torch.cat([found[read_layer][i][:-1] for i in first])  # (n, d)
         answer = torch.cat([found[read_layer][i][-1:] for i in first])  # (n, d)
         # only a subject that is a single first token looks different there; a longer one ends on its usual token
