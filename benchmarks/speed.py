@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py --json speed.json                                   # SmolLM2-135M on the CPU
     python benchmarks/speed.py --shape tiny --rounds 2                             # seconds, to see that it runs
+    python benchmarks/speed.py --only "all layers last 32" --profile              # where the time of a step goes
     python benchmarks/speed.py --device cuda --dtype bf16 --shape llama-7b --json gpu.json
 
 The methods take turns within each round, and the medians over rounds are compared, so that a machine that is busy for
@@ -283,6 +284,18 @@ def fast_step(model: Any, tokenizer: Any, case: Case, rows: list[Row]) -> Iterat
         yield Batch(jobs, suffix, config, case.layers, Surroundings()).step
 
 
+def profile(model: Any, tokenizer: Any, case: Case) -> str:
+    """Where the processor time of the fast path's steps goes, by operator."""
+    rows = make_rows(case, text_config(model).vocab_size)
+    with fast_step(model, tokenizer, case, rows) as step:
+        step()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+            for _ in range(3):
+                step()
+    table = found.key_averages().table(sort_by="self_cpu_time_total", row_limit=14, max_name_column_width=40)
+    return f"{case.name}, three steps\n{table}"
+
+
 # ------------------------------------------------------------------------------------------- timing
 
 
@@ -465,6 +478,7 @@ def main() -> None:
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, on a busy machine"
     )
+    parser.add_argument("--profile", action="store_true", help="show where a step's time goes instead of measuring it")
     args = parser.parse_args()
     args.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     args.pyreft = all(importlib.util.find_spec(name) for name in ("pyreft", "pyvene", "datasets"))
@@ -485,10 +499,13 @@ def main() -> None:
         "cases": [],
     }  # fmt: skip
     for case in cases(model, args):
+        if args.profile:
+            print(profile(model, tokenizer, case))
+            continue
         report["cases"].append(measure(model, tokenizer, case, args, clock))
         show(report["cases"])
         save(report, args.json)
-    if args.shape == "smollm2" and args.only in "whole edit":
+    if args.shape == "smollm2" and args.only in "whole edit" and not args.profile:
         report["whole_edit"] = whole_edits(model, tokenizer, args, clock)
         print(json.dumps(report["whole_edit"], indent=2))
         save(report, args.json)

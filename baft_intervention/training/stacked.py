@@ -151,8 +151,9 @@ class StackedMaps:
         for leaf, tensor in zip(self._leaves, self.tensors, strict=True):
             # one decomposition for the bases of all edits and layers
             values = orthonormal_rows(tensor) if leaf.name == "basis" else tensor
-            for i, layer in enumerate(leaf.layers):
-                state[layer][leaf.name] = values[:, i]
+            # unbound at once: the gradient of an index is a tensor of zeros as large as the whole, one for each layer
+            for layer, value in zip(leaf.layers, values.unbind(1), strict=True):
+                state[layer][leaf.name] = value
         for layer in self.layers:
             if "basis" in self._fixed[layer]:
                 state[layer]["basis"] = orthonormal_rows(state[layer]["basis"])
