@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from torch import nn
+
 from .errors import ConfigError, PositionError
+from .models import find_blocks, hidden_size
 from .positions import PositionRule
 from .weighting import make_weighting, weighting_class
 
@@ -151,6 +154,23 @@ class BaftConfig:
         if len(set(found)) != len(found):
             raise ConfigError(f"layers is {list(self.layers)}; a block occurs twice")
         return tuple(sorted(found))
+
+    @classmethod
+    def for_model(cls, model: nn.Module, **changes: Any) -> BaftConfig:
+        """The defaults as they come out for ``model``, with nothing left open: block numbers by depth, the rank by width.
+
+        Written down with a result, they say which block was edited on a model of how many.
+
+        Args:
+            model: a causal language model.
+            changes: fields that you choose yourself.
+
+        Raises:
+            ConfigError: a wrong value, or a block that the model has not.
+        """
+        settings: dict[str, Any] = {"rank": min(cls.rank, hidden_size(model))} | changes
+        config = cls(**settings)
+        return dataclasses.replace(config, layers=config.resolved_layers(len(find_blocks(model))))
 
     def to_dict(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)

@@ -11,6 +11,7 @@ import pytest
 
 from baft_intervention import BaftConfig
 from baft_intervention.errors import ConfigError
+from baft_intervention.models import find_blocks, hidden_size
 
 OTHER = BaftConfig(
     rank=3, layers=(4, -1), positions="f1+l2", weighting="mlp", weighting_options={"hidden": 5, "initial_weight": 0.25},
@@ -151,3 +152,13 @@ def test_what_follows_from_the_settings() -> None:
     assert BaftConfig(weighting="cosine").needs_bank
     assert not BaftConfig(weighting="linear").needs_bank
     assert str(BaftConfig(positions="f1+l2").rule) == "f1+l2"
+
+
+def test_the_defaults_of_a_model_are_written_out(any_model) -> None:
+    config = BaftConfig.for_model(any_model, steps=7)
+    blocks = len(find_blocks(any_model))
+    assert config.layers == BaftConfig().resolved_layers(blocks)
+    assert config.rank == min(BaftConfig().rank, hidden_size(any_model))
+    assert config.steps == 7
+    with pytest.raises(ConfigError, match="this model has blocks 0 to"):
+        BaftConfig.for_model(any_model, layers=(blocks,))

@@ -30,7 +30,7 @@ class Distance(WeightingNetwork):
         return torch.exp(-(h.unsqueeze(-2) - self.centres).square().mean(-1))
 
 
-@pytest.mark.parametrize("name", ["constant", "linear", "mlp", "cosine", "test-distance"])
+@pytest.mark.parametrize("name", ["constant", "linear", "mlp", "cosine", "whitened", "test-distance"])
 @settings(deadline=None)
 @given(shape=st.lists(st.integers(1, 4), max_size=3), scale=st.sampled_from([1e-3, 1.0, 1e4]))
 def test_weights_are_shares_one_for_each_basis(name: str, shape: list[int], scale: float) -> None:
@@ -212,3 +212,43 @@ def test_options_out_of_range_are_named(name: str, options: dict[str, Any], matc
 def test_a_network_that_is_not_routed_has_no_match() -> None:
     with pytest.raises(NotImplementedError, match="LinearWeighting is not routed"):
         make_weighting("linear", D, R).match(torch.randn(2, D))
+
+
+# ---------------------------------------------------------------------------------------------- whitened
+
+
+def skewed(count: int, generator: torch.Generator) -> torch.Tensor:
+    """Representations that nearly all point one way and vary a hundred times more in some directions than in others."""
+    scale = torch.logspace(1, -1, D)
+    return 5.0 + scale * torch.randn(count, D, generator=generator)
+
+
+def test_whitened_opens_on_its_edit_and_shuts_on_the_bank() -> None:
+    generator = torch.Generator().manual_seed(0)
+    bank, others = skewed(400, generator), skewed(400, generator)
+    network: Any = make_weighting("whitened", D, R, floor=0.0)
+    assert (network(others) < 0.5).all()  # shut until started
+    network.fit_shared(bank)
+    edit = skewed(1, generator)
+    network.start_from(edit, bank)
+    assert (network(edit) > 0.5).all()
+    assert float((network(others)[:, 0] > 0.5).float().mean()) < 0.05
+    theta = -float(network.bias[0]) / network.sharpness
+    assert float(network.match(edit)) == pytest.approx(1.0 - theta, abs=1e-3)
+    raw = (others - bank.mean(0)) @ (edit - bank.mean(0)).T / (edit - bank.mean(0)).square().sum()  # without whitening
+    white = network.match(others) + theta
+    assert float(white.std()) < float(raw.std())
+
+
+def test_whitened_is_a_linear_gate_that_learns() -> None:
+    generator = torch.Generator().manual_seed(1)
+    bank = skewed(100, generator)
+    network: Any = make_weighting("whitened", D, R)
+    network.fit_shared(bank)
+    network.start_from(skewed(2, generator), bank)
+    x = torch.randn(7, D)
+    expected = torch.sigmoid((x - network.whitening.mean) @ network.weight.T + network.bias)
+    assert torch.allclose(network(x), expected, atol=1e-6)
+    assert {n for n, p in network.named_parameters() if p.requires_grad} == {"weight", "bias"}
+    with pytest.raises(ConfigError, match="needs a bank"):
+        network.start_from(x[:1], None)

@@ -9,8 +9,11 @@ name           w(h)                                        for
 ``constant``   ``value``                                   BaFT becomes ReFT; ``value=1`` is exactly LoReFT
 ``linear``     ``sigmoid(W norm(h) + c)``                  the plainest reading of the paper
 ``mlp``        ``sigmoid(W2 gelu(W1 norm(h) + c1) + c2)``  a curved border between edited and other input
-``cosine``     ``sigmoid(a (cos(S(h - mu), e) - theta))``  edits that must leave all else alone (the default)
+``whitened``   ``sigmoid(W (h - mu) + c)``                 the linear gate, started from the edit and unrelated text
+``cosine``     ``sigmoid(a (cos(S(h - mu), e) - theta))``  requests that name no subject
 =============  ==========================================  ======================================================
+
+The default, ``subject_relation``, asks two questions: see :class:`SubjectRelationWeighting`.
 
 A network of your own is one class and one line::
 
@@ -35,6 +38,7 @@ from .base import (
 from .cosine import CosineWeighting
 from .plain import ConstantWeighting, LinearWeighting, MLPWeighting
 from .subject_relation import SubjectRelationWeighting
+from .whitened import WhitenedWeighting
 
 __all__ = [
     "ConstantWeighting",
@@ -45,6 +49,7 @@ __all__ = [
     "SharedContext",
     "SubjectRelationWeighting",
     "WeightingNetwork",
+    "WhitenedWeighting",
     "make_weighting",
     "register_weighting",
     "weighting_class",
