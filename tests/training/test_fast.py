@@ -230,7 +230,8 @@ def test_every_step_is_the_references(
 ) -> None:
     model = with_attention(tiny_model(arch), attention)
     config = configure(layers, positions=positions)
-    follow(model, config, make_jobs(config, REQUESTS), make_jobs(config, REQUESTS), Surroundings(), monkeypatch)
+    jobs, others = make_jobs(config, REQUESTS), make_jobs(config, REQUESTS)
+    follow(model, config, jobs, others, Surroundings(), monkeypatch, rejoin=True)
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
