@@ -830,7 +830,7 @@ def test_smollm2_step_by_step(
         weighting="linear",
         loss_target=0.0,
         steps=20,
-        learning_rate=1e-3,
+        learning_rate=3e-4,  # so that 20 steps do not end where a loss is next to nothing
         bank_size=8,
     )
     requests = [
