@@ -101,7 +101,7 @@ class SubjectRelationWeighting(WeightingNetwork):
         sharpness: float = 60.0,
         subject_threshold: float = 0.6,
         relation_threshold: float = 0.1,
-        margin: float = -0.15,
+        margin: float = -0.08,
         question_margin: float = 0.08,
         same_relation: float = 0.4,
         components: int = 60,
