@@ -1,4 +1,4 @@
-"""The notebooks on the pyreft way and on facts of one's own: run from top to bottom, they show what they are there to show."""
+"""The notebooks on streams of edits, the pyreft way and own facts: run from top to bottom, they show what they are to show."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 
 TUTORIALS = Path(__file__).resolve().parents[2] / "tutorials"
+CONTINUAL = TUTORIALS / "03_continual.ipynb"
 PYREFT, OWN_FACTS = TUTORIALS / "04_pyreft.ipynb", TUTORIALS / "05_own_facts.ipynb"
 
 
@@ -67,7 +68,29 @@ def _check_own_facts(notebook: Any) -> None:
     assert "without the editor: Amara Okafor" in text
 
 
-CHECKS: dict[Path, Callable[[Any], None]] = {PYREFT: _check_pyreft, OWN_FACTS: _check_own_facts}
+def _check_continual(notebook: Any) -> None:
+    text = "\n".join(_texts(notebook))
+    shares = {
+        name: re.findall(r"(\d+) edits: (\d+)% hold, (\d+)% stay", line)
+        for name, line in re.findall(r"^(BaFT|LoReFT) (.*)$", text, re.MULTILINE)
+    }
+    assert [int(n) for n, _, _ in shares["BaFT"]] == [1, 2, 4, 8, 12]
+    assert all(int(hold) >= 90 and stay == "100" for _, hold, stay in shares["BaFT"])
+    assert int(shares["LoReFT"][-1][1]) < 90  # what one map over another does to the earlier ones
+    assert "corrected: Kyoto" in text
+    assert "edits with that prompt: ['japan-corrected']" in text
+    assert "undone, and as if it had never been: True" in text
+    assert "all that was committed before is there: True" in text
+    assert "refused: 1 prompt has two answers" in text
+    assert "added: ('kenya',) | conflicts: 1" in text
+    assert "Japan: Kyoto" in text
+
+
+CHECKS: dict[Path, Callable[[Any], None]] = {
+    CONTINUAL: _check_continual,
+    PYREFT: _check_pyreft,
+    OWN_FACTS: _check_own_facts,
+}
 
 
 @pytest.mark.parametrize("path", CHECKS, ids=lambda path: path.stem)
