@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError, PositionError
+from .registry import registrar
 from .tokenization import check_text
 
 _NAMED = ("last", "subject", "subject_all", "prompt", "all")
@@ -60,14 +61,7 @@ def register_positions(name: str) -> Callable[[Chooser], Chooser]:
     if not re.fullmatch(r"[a-z]\w*", name) or taken:
         raise ConfigError(f"{name!r} cannot name a position rule: it is no identifier, or taken; choose another name")
 
-    def register(choose: Chooser) -> Chooser:
-        known = _REGISTRY.get(name)
-        if known is not None and known.__qualname__ != choose.__qualname__:
-            raise ConfigError(f"the position rule {name!r} is taken by {known.__qualname__}; choose another name")
-        _REGISTRY[name] = choose
-        return choose
-
-    return register
+    return registrar(_REGISTRY, name, "position rule")
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import sweep
 import torch
-from sweep import PARTS, UNRELATED
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from baft_intervention.data import load_requests
 from baft_intervention.errors import BaftError
 from baft_intervention.evaluation.aggregate import aggregate
 from baft_intervention.evaluation.judge import judge
@@ -98,11 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def load_part(args: argparse.Namespace, name: str) -> list[EditRequest]:
-    path, task = PARTS[name]
-    unrelated = None if name == "zsre" else args.data_dir / UNRELATED
-    found = load_requests(
-        args.data_dir / path, task, limit=args.n, seed=args.seed, unrelated=unrelated, unrelated_per_record=2
-    ).requests
+    found = sweep.load_part(args, name)
     return [add_same_subject(r) for r in found] if name in ("zsre", "counterfact") else list(found)
 
 
@@ -116,10 +111,15 @@ def add_same_subject(request: EditRequest) -> EditRequest:
     return dataclasses.replace(request, probes=(*request.probes, *extra))
 
 
+def record_path(name: str, args: argparse.Namespace) -> Path:
+    """Where a variant's records are kept."""
+    return args.out / f"{name.replace(', ', '-').replace(' ', '-')}.jsonl"
+
+
 def run_variant(
     name: str, scorer: Scorer, parts: Mapping[str, Sequence[EditRequest]], args: argparse.Namespace
 ) -> None:
-    path = args.out / f"{name.replace(', ', '-').replace(' ', '-')}.jsonl"
+    path = record_path(name, args)
     done = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     method, config = VARIANTS[name]
     work = [(part, request) for part, requests in parts.items() for request in requests]
@@ -146,7 +146,7 @@ def run_variant(
 def write_table(args: argparse.Namespace) -> None:
     lines, summary = [], {}
     for name in VARIANTS:
-        path = args.out / f"{name.replace(', ', '-').replace(' ', '-')}.jsonl"
+        path = record_path(name, args)
         if not path.is_file():
             continue
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -37,6 +37,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import ConfigError
+from ..registry import registrar
 from . import metrics as m
 from .plan import Question, RecordPlan
 from .scoring import QueryScore
@@ -60,15 +61,7 @@ def register_metric(name: str) -> Callable[[RecordMetric], RecordMetric]:
     Raises:
         ConfigError: the name is taken by another function.
     """
-
-    def register(metric: RecordMetric) -> RecordMetric:
-        known = _REGISTRY.get(name)
-        if known is not None and known.__qualname__ != metric.__qualname__:
-            raise ConfigError(f"the metric {name!r} is taken by {known.__qualname__}; choose another name")
-        _REGISTRY[name] = metric
-        return metric
-
-    return register
+    return registrar(_REGISTRY, name, "metric")
 
 
 def judge(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..registry import registrar
 
 _REGISTRY: dict[str, type[WeightingNetwork]] = {}
 _Network = TypeVar("_Network", bound="type[WeightingNetwork]")
@@ -119,15 +120,7 @@ def register_weighting(name: str) -> Callable[[_Network], _Network]:
     Raises:
         ConfigError: the name is taken by another class.
     """
-
-    def register(cls: _Network) -> _Network:
-        taken = _REGISTRY.get(name)
-        if taken is not None and taken.__qualname__ != cls.__qualname__:
-            raise ConfigError(f"the weighting name {name!r} is taken by {taken.__qualname__}; choose another name")
-        _REGISTRY[name] = cls
-        return cls
-
-    return register
+    return registrar(_REGISTRY, name, "weighting name")
 
 
 def weighting_names() -> tuple[str, ...]:
