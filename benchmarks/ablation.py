@@ -1,7 +1,7 @@
 """What each part of the default is worth: the method with one thing changed at a time, on training and validation records.
 
     python benchmarks/ablation.py --out benchmarks/results/ablation --n 40
-    python benchmarks/ablation.py --out DIR --variants default,cosine,"no competitors"
+    python benchmarks/ablation.py --out DIR --variants "default;cosine;no competitors"
 
 Every variant edits the same n records of each part (see benchmarks/sweep.py; never a test record), one at a time. To each ZsRE and
 CounterFact record two prompts about the same subject and another relation are added (``same_subject``), in forms that the edit
@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import sweep
 import torch
 from tqdm import tqdm
@@ -53,10 +54,27 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "margin 0": ("baft", {NETWORK: {"margin": 0.0}}),
     "balance loss": ("baft", {"balance_coefficient": 0.1}),
     "end of sequence": ("baft", {"append_eos": True}),
-    "random start": ("baft", {"init": "random"}),
-    "rank 4": ("baft", {"rank": 4}),
+    "identity start": ("baft", {"init": "identity"}),
+    "constant rate": ("baft", {"schedule": "constant"}),
     "small bank": ("baft", {"bank_size": 64}),
 }
+# one setting over its range, the default's own value among them; drawn as plots
+SWEEPS: dict[str, tuple[Any, ...]] = {
+    "layers": ((15,), (20,), (24,), (27,), (28,)),
+    "rank": (1, 4, 12, 32),
+    "learning_rate": (5e-3, 1e-2, 2e-2, 4e-2),
+    "steps": (15, 30, 60, 100),
+}
+DEFAULTS = {"layers": (27,), "rank": 12, "learning_rate": 2e-2, "steps": 60}  # of SmolLM2-135M
+
+
+def sweep_name(setting: str, value: Any) -> str:
+    if value == DEFAULTS[setting]:
+        return "default"
+    return f"{setting} {value[0] if isinstance(value, tuple) else format(value, 'g')}"
+
+
+VARIANTS |= {sweep_name(n, v): ("baft", {n: v}) for n, values in SWEEPS.items() for v in values if v != DEFAULTS[n]}
 SHOWN = ("reliability", "generality", "locality", "same_subject", "unrelated", "portability")
 PARTS_SHOWN = ("zsre", "counterfact", "wiki_counterfact", "wiki_recent")
 EXTRA = ("religion", "country", "place of death", "owner", "genre", "award", "currency", "population")
@@ -165,9 +183,34 @@ def write_table(args: argparse.Namespace) -> None:
                 f"  {name:24s}", {m: round(100 * v["mean"], 1) for m, v in table[part].items() if v["mean"] is not None}
             )
     (args.out / "ablation.md").write_text(text, encoding="utf-8")
+    draw_sweeps(summary, args.out / "sweeps.png")
     (args.out / "ablation.json").write_text(
         json.dumps({"command": sys.argv, "table": summary}, indent=1) + "\n", encoding="utf-8"
     )
+
+
+def draw_sweeps(summary: Mapping[str, Any], path: Path) -> None:
+    """A panel for each setting of :data:`SWEEPS` of which every value was run."""
+    whole = {n: vs for n, vs in SWEEPS.items() if all(sweep_name(n, v) in summary for v in vs)}
+    if not whole:
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        1, len(whole), figsize=(3.2 * len(whole), 3.2), layout="constrained", squeeze=False, sharey=True
+    )
+    for axis, (name, values) in zip(axes[0], whole.items(), strict=True):
+        labels = [str(v[0]) if isinstance(v, tuple) else format(v, "g") for v in values]
+        for metric in ("reliability", "generality", "locality", "same_subject", "unrelated"):
+            found = [summary[sweep_name(name, v)]["all"][metric]["mean"] for v in values]
+            axis.plot(labels, [100 * x for x in found], marker="o", markersize=3, label=metric.replace("_", " "))
+        axis.set(xlabel=name.replace("_", " ").replace("layers", "block"), ylim=(30, 102))
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("%")
+    axes[0][-1].legend(fontsize=7, loc="lower right")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 def _numbers(record: Mapping[str, Any]) -> dict[str, float | None]:
