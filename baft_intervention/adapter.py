@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .allotment import Allotment
 from .config import BaftConfig
 from .errors import AdapterError, BaftError
 from .hooks import CallTracker, hook_block
@@ -96,6 +97,7 @@ class BaftAdapter:
         self._enabled = True
         self._stacks: dict[tuple[int, torch.device], EditStack] = {}
         self._used: dict[int, Tensor] | None = None  # the sums of used(), once they are asked for
+        self._allotments: dict[int, Allotment] = {}  # layer -> loads of its directions, once they are asked for
         self._subjects: list[list[int]] | None = None
 
     # ------------------------------------------------------------------------------------------ edits
@@ -144,6 +146,8 @@ class BaftAdapter:
             else:
                 del self._of_prompt[request.prompt]
         self._used = self._subjects = None
+        for layer, allotment in self._allotments.items():
+            allotment.remove(edit.tensors[layer]["rotation"])
         return edit
 
     def set_edits(self, edits: Sequence[Edit]) -> None:
@@ -152,12 +156,12 @@ class BaftAdapter:
         Raises:
             AdapterError: two edits have one id.
         """
-        before = self._edits, self._of_prompt, self._stacks, self._used
-        self._edits, self._of_prompt, self._stacks, self._used = {}, {}, {}, None
+        before = self._edits, self._of_prompt, self._stacks, self._used, self._allotments
+        self._edits, self._of_prompt, self._stacks, self._used, self._allotments = {}, {}, {}, None, {}
         try:
             self.extend(edits)
         except BaseException:
-            self._edits, self._of_prompt, self._stacks, self._used = before
+            self._edits, self._of_prompt, self._stacks, self._used, self._allotments = before
             raise
 
     def extend(self, edits: Sequence[Edit]) -> None:
@@ -175,6 +179,8 @@ class BaftAdapter:
                 self._of_prompt.setdefault(request.prompt, []).append(edit.id)
             if self._used is not None:
                 self._used = {layer: used + edit.used[layer] for layer, used in self._used.items()}
+            for layer, allotment in self._allotments.items():
+                allotment.add(edit.tensors[layer]["rotation"])
         self._subjects = None
 
     def _subject_ids(self) -> list[list[int]]:
@@ -204,6 +210,16 @@ class BaftAdapter:
             zero = torch.zeros(self.config.rank)
             self._used = {layer: sum((e.used[layer] for e in self._edits.values()), zero) for layer in self.layers}
         return self._used
+
+    def allot(self) -> dict[int, Tensor]:
+        """``layer -> (n, d)``, the directions for the bases of a new edit.
+
+        They are taken when it comes in. The loads are counted at the first call and kept up to date from then on.
+        """
+        for layer in self.layers if not self._allotments else ():
+            bases = [edit.tensors[layer]["rotation"] for edit in self._edits.values()]
+            self._allotments[layer] = Allotment(self.embed_dim, bases)
+        return {layer: allotment.next(self.config.rank) for layer, allotment in self._allotments.items()}
 
     def stack(self, layer: int, device: torch.device) -> EditStack:
         """The layer's edits on a device; built at first use, and kept up to date from then on."""

@@ -18,6 +18,7 @@ from .positions import PositionRule
 from .weighting import make_weighting, weighting_class
 
 Allocation = Literal["per_edit", "joint"]
+Bases = Literal["free", "orthogonal"]
 Engine = Literal["auto", "reference"]
 Init = Literal["identity", "random"]
 Schedule = Literal["linear", "constant"]
@@ -44,6 +45,9 @@ class BaftConfig:
         weighting_options: its keyword arguments.
         allocation: ``per_edit`` gives every request bases of its own (``undo`` is exact); ``joint`` trains all requests
             of one call in one set of bases, as the paper's batched editing does.
+        bases: ``free`` lets each edit find its own; ``orthogonal`` allots them: to the earlier edits' bases orthogonal while
+            ``rank`` times the number of edits is at most the hidden size, then along the least used directions (see
+            :mod:`~baft_intervention.allotment`). Later edits then depend on which are there.
         init: ``identity`` or ``random``, see :class:`~baft_intervention.basis_map.BasisWeightedMap`.
         learning_rate, weight_decay: of AdamW; decay leaves the orthonormal basis where it is.
         schedule: ``linear`` lets the rate fall to 0 over ``steps``, ``constant`` does not. The gate allows a high rate at
@@ -68,6 +72,7 @@ class BaftConfig:
     weighting: str = "subject_relation"
     weighting_options: Mapping[str, Any] = field(default_factory=dict)
     allocation: Allocation = "per_edit"
+    bases: Bases = "free"
     init: Init = "random"
     learning_rate: float = 2e-2
     weight_decay: float = 0.0
@@ -92,6 +97,7 @@ class BaftConfig:
         for name in ("weight_decay", "loss_target", "locality_coefficient", "balance_coefficient"):
             _real(self, name, 0.0)
         _choice(self, "allocation", get_args(Allocation))
+        _choice(self, "bases", get_args(Bases))
         _choice(self, "init", get_args(Init))
         _choice(self, "schedule", get_args(Schedule))
         _choice(self, "engine", get_args(Engine))

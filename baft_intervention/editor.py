@@ -412,17 +412,21 @@ class BaftEditor:
         done: list[Edit] = []
         marks = [self._store and self._store.mark()]  # of the log, after each edit that is done
         engine = make_engine(self.model, self.tokenizer, self.config, self.adapter.layers)
-        # edits that compete are independent and train together; those that add up train on top of each other
-        chunk = _CHUNK if self.adapter.routed else 1
+        # edits that compete are independent and train together; those that add up train on top of each other, and those
+        # that take turns at the directions of a layer one after another
+        orthogonal = self.config.bases == "orthogonal"
+        chunk = _CHUNK if self.adapter.routed and not orthogonal else 1
         bar = tqdm(total=len(groups), desc="editing", unit="edit", disable=not progress, dynamic_ncols=True)
         try:
             for edit in replaced:
                 self.adapter.remove(edit.id)
             with self.adapter.enabled(False), bar:
                 for first in range(0, len(groups), chunk):
+                    part = groups[first : first + chunk]
+                    allotted = [self.adapter.allot()] if orthogonal else []
                     jobs = make_jobs(
-                        self.model, self.tokenizer, self.config, self.adapter.layers, groups[first : first + chunk],
-                        shared=self.adapter.shared, bank=self._bank(),
+                        self.model, self.tokenizer, self.config, self.adapter.layers, part,
+                        shared=self.adapter.shared, bank=self._bank(), allotted=allotted,
                     )  # fmt: skip
                     for job, trained in zip(jobs, engine.train_many(jobs, self._surroundings()), strict=True):
                         edit = Edit(
@@ -472,7 +476,8 @@ class BaftEditor:
         """Take one edit back and return it.
 
         With a routed weighting (``cosine``) every edit has its own bases and the adapter is as if it had never been.
-        Where updates are summed (``constant``, ``linear``, ``mlp``), later edits were trained on top of it and stay so.
+        Where updates are summed (``constant``, ``linear``, ``mlp``), later edits were trained on top of it and stay so. With
+        ``bases="orthogonal"`` later edits keep the directions that they got beside it, and its own are free for the next one.
 
         Raises:
             EditError: no edit of this id, or one that was trained jointly with others.
@@ -689,5 +694,5 @@ def _check_settings(theirs: BaftConfig, ours: BaftConfig, where: str) -> None:
 # settings that only training reads: an adapter made with others answers the same
 _TRAINING_ONLY = {
     "learning_rate", "weight_decay", "steps", "loss_target", "append_eos", "locality_coefficient", "balance_coefficient",
-    "bank_size", "max_grad_norm", "seed", "engine", "init", "allocation", "schedule",
+    "bank_size", "max_grad_norm", "seed", "engine", "init", "allocation", "schedule", "bases",
 }  # fmt: skip

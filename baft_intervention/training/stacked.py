@@ -19,7 +19,7 @@ from ..basis_map import BasisWeightedMap
 from ..config import BaftConfig
 from ..functional import baft_update
 from ..losses import balance_loss, locality_loss
-from ..orthonormal import orthonormal_rows
+from ..orthonormal import orthonormal_rows, within
 from ..stack import is_shared
 from ..weighting import WeightingNetwork
 
@@ -150,15 +150,22 @@ class StackedMaps:
         state: dict[int, dict[str, Tensor]] = {layer: dict(fixed) for layer, fixed in self._fixed.items()}
         for leaf, tensor in zip(self._leaves, self.tensors, strict=True):
             # one decomposition for the bases of all edits and layers
-            values = orthonormal_rows(tensor) if leaf.name == "basis" else tensor
+            values = orthonormal_rows(self._allotted(leaf, tensor)) if leaf.name == "basis" else tensor
             # unbound at once: the gradient of an index is a tensor of zeros as large as the whole, one for each layer
             for layer, value in zip(leaf.layers, values.unbind(1), strict=True):
                 state[layer][leaf.name] = value
         for layer in self.layers:
-            if "basis" in self._fixed[layer]:
-                state[layer]["basis"] = orthonormal_rows(state[layer]["basis"])
+            if "basis" in (fixed := self._fixed[layer]):
+                state[layer]["basis"] = orthonormal_rows(within(fixed["basis"], fixed.get("allotted")))
         self._state, self.weights = state, {}
         return {layer: self._change(layer, places) for layer in self.layers}
+
+    def _allotted(self, leaf: _Leaf, basis: Tensor) -> Tensor:
+        """``V (E, L, r, d)`` within the directions that each edit has been allotted at each layer."""
+        directions = [self._fixed[layer].get("allotted") for layer in leaf.layers]
+        if all(own is None for own in directions):
+            return basis
+        return torch.stack([within(v, u) for v, u in zip(basis.unbind(1), directions, strict=True)], 1)
 
     def _change(self, layer: int, places: Places) -> Callable[[Tensor], Tensor]:
         def change(hidden: Tensor) -> Tensor:

@@ -41,16 +41,26 @@ def make_jobs(
     *,
     shared: Mapping[int, Mapping[str, Tensor]],
     bank: Bank,
+    allotted: Sequence[Mapping[int, Tensor]] = (),
 ) -> list[Job]:
     """A job for each group of requests, ready to be trained.
+
+    Args:
+        model, tokenizer, config, layers: the base model and the edits' settings.
+        groups: of requests.
+        shared: ``layer -> {name: tensor}``, what the edits of a layer have in common.
+        bank: unrelated representations.
+        allotted: for each group ``layer -> (n, d)``, the directions that its bases may use; empty where they are free.
 
     Raises:
         RequestError, PositionError: a request that cannot be encoded.
     """
     jobs = []
-    for group in groups:
+    for i, group in enumerate(groups):
         rows = tuple(encode_request(tokenizer, request, config) for request in group)
         maps = make_maps(config, hidden_size(model), layers, shared, edit_seed(config.seed, group))
+        for layer, directions in allotted[i].items() if allotted else ():
+            maps[layer].allot(directions)
         jobs.append(Job(tuple(group), rows, maps))
     if not jobs:
         return jobs

@@ -302,6 +302,13 @@ def test_hook_and_module_are_pyrefts_model(name, tokenizer):
     assert (ours - tiny_model()(input_ids=ids).logits).abs().max() > 1e-2
 
 
+def test_a_run_without_a_younger_setting_is_the_run_from_before_there_was_one():
+    assert "bases" not in make_method("baft", {"config": {}}).settings()["config"]
+    assert "bases" not in make_method("baft", {"config": {"bases": "free"}}).settings()["config"]
+    assert make_method("baft", {"config": {"bases": "orthogonal"}}).settings()["config"]["bases"] == "orthogonal"
+    assert make_method("baft", {"config": {}}).settings()["config"]["rank"] == 12
+
+
 def test_baft_training_sees_no_probe(tiny_llama, tokenizer, monkeypatch):
     seen = []
     edited = make_method("baft", TRY["baft"]).attach(tiny_llama, tokenizer)

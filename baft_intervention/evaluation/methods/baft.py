@@ -16,6 +16,11 @@ from ..edited import EditCost, EditedModel
 from .base import Method, as_edit_error, register_method
 
 
+# settings that are younger than results that are kept: at their defaults a run is the same as before there were any, and can
+# be gone on with
+_LATER = ("bases",)
+
+
 @register_method("baft")
 @dataclass(frozen=True)
 class Baft(Method):
@@ -33,7 +38,9 @@ class Baft(Method):
         return BaftConfig.from_dict({**self.config, "seed": self.seed})
 
     def settings(self) -> dict[str, Any]:
-        return {"config": self.baft_config().to_dict(), "seed": self.seed}
+        config, default = self.baft_config().to_dict(), BaftConfig().to_dict()
+        left_out = {name for name in _LATER if config[name] == default[name]}
+        return {"config": {n: v for n, v in config.items() if n not in left_out}, "seed": self.seed}
 
     def attach(self, model: Any, tokenizer: Any) -> EditedModel:
         return _BaftModel(self.baft_config(), model, tokenizer)
