@@ -137,14 +137,18 @@ def _number(text: str) -> Any:
 
 
 def register() -> None:
-    """Make the method known to an installed EasyEdit under :data:`ALG_NAME`.
+    """Make the method known to an installed EasyEdit under :data:`ALG_NAME`, and as one whose edits can come in batches.
 
     Raises:
         ImportError: EasyEdit is not installed.
     """
+    from easyeditor.editors.batch_editor import BatchEditor  # pyright: ignore[reportMissingImports]
     from easyeditor.util.alg_dict import ALG_DICT  # pyright: ignore[reportMissingImports]
 
     ALG_DICT[ALG_NAME] = apply_baft_to_model
+    batchable = BatchEditor.is_batchable_method  # a fixed list of names; batch_edit refuses any other
+    if not batchable(ALG_NAME):
+        BatchEditor.is_batchable_method = staticmethod(lambda name: name == ALG_NAME or batchable(name))
 
 
 def to_edit_request(request: Mapping[str, Any]) -> EditRequest:

@@ -1,7 +1,12 @@
-"""The EasyEdit door, by the shapes in which EasyEdit calls a method and asks what it gives back; EasyEdit is not needed."""
+"""The EasyEdit door, by the shapes in which EasyEdit calls a method, and by EasyEdit itself where it is installed."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -267,17 +272,23 @@ def test_a_number_that_yaml_takes_for_a_text(tmp_path):
     assert BaFTHyperParams.from_hparams(tmp_path / "h").config == BaftConfig(learning_rate=5e-3, layers=(3,))
 
 
-def test_with_easyedit_itself():
-    pytest.importorskip("easyeditor.util.alg_dict")
-    from easyeditor.util.alg_dict import ALG_DICT  # pyright: ignore[reportMissingImports]
-
-    easyedit.register()
-    assert ALG_DICT["BaFT"] is apply_baft_to_model
+@pytest.mark.slow
+def test_with_easyedit_itself(tmp_path):
+    """Its own BaseEditor edits, evaluates and takes back, one by one and as a batch; in a process of its own."""
+    if importlib.util.find_spec("easyeditor") is None:
+        pytest.skip("EasyEdit is not installed; pip install --no-deps easyeditor==0.0.1.dev0")
+    script = Path(__file__).resolve().parents[1] / "easyedit_run.py"
+    run = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    told = json.loads(run.stdout.splitlines()[-1])
+    for metrics in (told["single"], told["batch"]):
+        assert [m["pre"]["rewrite_acc"] for m in metrics] == [[0.0], [0.0]]
+        assert [m["post"]["rewrite_acc"] for m in metrics] == [[1.0], [1.0]]
+    assert all("near_acc" in m["post"]["locality"] and "hop_acc" in m["post"]["portability"] for m in told["single"])
+    assert (told["hooks_after_single"], told["edits_after_batch"], told["weights_unchanged"]) == (0, 0, True)
 
 
 def test_without_easyedit_registering_says_so(monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "easyeditor", None)
     with pytest.raises(ImportError, match="easyeditor"):
         easyedit.register()
