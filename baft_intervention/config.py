@@ -26,6 +26,7 @@ Schedule = Literal["linear", "constant"]
 # layer 27 of 30 on SmolLM2: of 20, 25 and 27 the edits there generalise best on the validation parts (docs/tradeoff.md)
 DEFAULT_DEPTH = 0.9
 MOST_SEED = 2**63 - 1  # torch takes no larger one
+MOST_AUGMENTATIONS = 12  # sentences that there are to put before a request
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class BaftConfig:
         steps: most optimiser steps an edit.
         loss_target: stop when the mean loss over target tokens (nats) falls below; 0 never stops early.
         append_eos: train the end of sequence behind the target too.
+        augmentations: copies of each request, each behind another sentence that has nothing to do with it, that are trained
+            along; 0 to 12. Of use where no gate decides (``linear``, ``constant``). A conversation has none.
         locality_coefficient: weight of the mean basis weight on the bank (locality regularisation).
         balance_coefficient: weight of the incremental load-balancing loss over bases.
         bank_size: unrelated texts that the model writes for itself (once a model, cached); 0 for none.
@@ -80,6 +83,7 @@ class BaftConfig:
     steps: int = 60
     loss_target: float = 0.02
     append_eos: bool = False
+    augmentations: int = 0
     locality_coefficient: float = 0.0
     balance_coefficient: float = 0.0
     bank_size: int = 256
@@ -91,6 +95,7 @@ class BaftConfig:
         _whole(self, "rank", 1)
         _whole(self, "steps", 1)
         _whole(self, "bank_size", 0)
+        _whole(self, "augmentations", 0, MOST_AUGMENTATIONS)
         _whole(self, "seed", 0, MOST_SEED)
         _real(self, "learning_rate", 0.0, open_low=True)
         _real(self, "max_grad_norm", 0.0, open_low=True)

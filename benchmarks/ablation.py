@@ -57,6 +57,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "identity start": ("baft", {"init": "identity"}),
     "constant rate": ("baft", {"schedule": "constant"}),
     "small bank": ("baft", {"bank_size": 64}),
+    "augmented": ("baft", {"augmentations": 4}),
+    "linear, augmented": ("baft", {"weighting": "linear", "locality_coefficient": 1.0, "augmentations": 4}),
 }
 # one setting over its range, the default's own value among them; drawn as plots
 SWEEPS: dict[str, tuple[Any, ...]] = {

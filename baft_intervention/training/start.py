@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..weighting import EditContext, SharedContext, WeightingNetwork
 from .bank import Bank
 from .engine import Job, edit_seed, encode_request, make_maps
 from .reading import read_blocks
-from .relations import CENTRE_RELATIONS, RELATIONS, ask, ask_in_chat, dictionary
+from .relations import CENTRE_RELATIONS, OPENINGS, RELATIONS, ask, ask_in_chat, dictionary
 
 
 def shared_context(network: WeightingNetwork, bank: Bank, layer: int, read_layer: int | None) -> SharedContext | None:
@@ -64,9 +65,31 @@ def make_jobs(
         jobs.append(Job(tuple(group), rows, maps))
     if not jobs:
         return jobs
+    start_weightings(model, tokenizer, layers, jobs, bank)
+    return [augmented(tokenizer, config, job) for job in jobs] if config.augmentations else jobs
+
+
+def augmented(tokenizer: Any, config: BaftConfig, job: Job) -> Job:
+    """The job with ``config.augmentations`` more rows a request: its prompt behind one of :data:`~.relations.OPENINGS`.
+
+    A hard positive: what is asked is the same, the token that is edited has another past. Which openings, is a matter of the
+    job's seed.
+    """
+    generator = torch.Generator().manual_seed(edit_seed(config.seed, job.requests))
+    rows = list(job.rows)
+    for request in job.requests:
+        order = torch.randperm(len(OPENINGS), generator=generator).tolist()
+        for number in order[: config.augmentations] if not request.messages else ():
+            prompt = f"{OPENINGS[number]} {request.prompt}"
+            rows.append(encode_request(tokenizer, dataclasses.replace(request, prompt=prompt), config))
+    return dataclasses.replace(job, rows=tuple(rows))
+
+
+def start_weightings(model: nn.Module, tokenizer: Any, layers: Sequence[int], jobs: Sequence[Job], bank: Bank) -> None:
+    """Start the jobs' weighting networks from their requests, where they start from data."""
     network = jobs[0].maps[layers[0]].weighting
     if type(network).start_from is WeightingNetwork.start_from:
-        return jobs
+        return
     contexts: list[dict[int, EditContext] | None] = [None] * len(jobs)
     if network.reads_subject:
         read_layer = network.read_layer(layers, len(find_blocks(model)))
@@ -80,7 +103,6 @@ def make_jobs(
             h_edit = torch.cat(own[layer][begin:end])
             module.weighting.start_from(h_edit, bank.unrelated.get(layer), context[layer] if context else None)
         begin = end
-    return jobs
 
 
 def edit_contexts(
