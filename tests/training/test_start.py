@@ -24,10 +24,12 @@ def jobs(model, tokenizer, config, groups):
 def test_augmented_rows_ask_the_same_behind_another_sentence(tiny_llama, tokenizer):
     config = dataclasses.replace(PLAIN, augmentations=3)
     (plain,), (job,) = (jobs(tiny_llama, tokenizer, c, [[FRANCE]]) for c in (PLAIN, config))
-    assert job.requests == plain.requests and job.rows[0].ids == plain.rows[0].ids
+    assert job.requests == plain.requests
+    assert job.rows[0].ids == plain.rows[0].ids
     asked = [row.ids[: row.prompt_length] for row in job.rows[1:]]
     wanted = [list(tokenizer(f"{opening} {FRANCE.prompt}")["input_ids"]) for opening in OPENINGS]
-    assert len(asked) == 3 and all(ids in wanted for ids in asked) and len(set(map(tuple, asked))) == 3
+    assert all(ids in wanted for ids in asked)
+    assert len(set(map(tuple, asked))) == len(asked) == 3
     for row in job.rows:
         assert row.positions == [row.prompt_length - 1]
         assert [label for label in row.labels if label >= 0] == [label for label in plain.rows[0].labels if label >= 0]

@@ -18,7 +18,7 @@ from .base import Method, as_edit_error, register_method
 
 # settings that are younger than results that are kept: at their defaults a run is the same as before there were any, and can
 # be gone on with
-_LATER = ("bases",)
+_LATER = ("augmentations", "bases")
 
 
 @register_method("baft")
