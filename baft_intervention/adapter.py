@@ -23,7 +23,7 @@ from .config import BaftConfig
 from .errors import AdapterError, BaftError
 from .hooks import CallTracker, hook_block
 from .models import find_blocks, hidden_size
-from .positions import PositionRule, subject_variants
+from .positions import IdSequences, PositionRule, subject_variants
 from .requests import EditRequest
 from .stack import EditStack, is_shared
 from .weighting import WeightingNetwork, make_weighting, weighting_class
@@ -98,7 +98,7 @@ class BaftAdapter:
         self._stacks: dict[tuple[int, torch.device], EditStack] = {}
         self._used: dict[int, Tensor] | None = None  # the sums of used(), once they are asked for
         self._allotments: dict[int, Allotment] = {}  # layer -> loads of its directions, once they are asked for
-        self._subjects: list[list[int]] | None = None
+        self._subjects: IdSequences | None = None  # the edits' subjects, once they are looked for
 
     # ------------------------------------------------------------------------------------------ edits
 
@@ -145,7 +145,10 @@ class BaftAdapter:
                 self._of_prompt[request.prompt] = asking
             else:
                 del self._of_prompt[request.prompt]
-        self._used = self._subjects = None
+        self._used = None
+        if self._subjects is not None:
+            for sequence in self._names(edit):
+                self._subjects.remove(sequence)
         for layer, allotment in self._allotments.items():
             allotment.remove(edit.tensors[layer]["rotation"])
         return edit
@@ -156,12 +159,13 @@ class BaftAdapter:
         Raises:
             AdapterError: two edits have one id.
         """
-        before = self._edits, self._of_prompt, self._stacks, self._used, self._allotments
-        self._edits, self._of_prompt, self._stacks, self._used, self._allotments = {}, {}, {}, None, {}
+        before = self._edits, self._of_prompt, self._stacks, self._used, self._allotments, self._subjects
+        self._edits, self._of_prompt, self._stacks, self._allotments = {}, {}, {}, {}
+        self._used = self._subjects = None
         try:
             self.extend(edits)
         except BaseException:
-            self._edits, self._of_prompt, self._stacks, self._used, self._allotments = before
+            self._edits, self._of_prompt, self._stacks, self._used, self._allotments, self._subjects = before
             raise
 
     def extend(self, edits: Sequence[Edit]) -> None:
@@ -181,14 +185,18 @@ class BaftAdapter:
                 self._used = {layer: used + edit.used[layer] for layer, used in self._used.items()}
             for layer, allotment in self._allotments.items():
                 allotment.add(edit.tensors[layer]["rotation"])
-        self._subjects = None
+            if self._subjects is not None:
+                for sequence in self._names(edit):
+                    self._subjects.add(sequence)
 
-    def _subject_ids(self) -> list[list[int]]:
-        """Token id sequences of the edits' subjects, where the position rule asks for subjects."""
-        if self._subjects is None:
-            asked = [r.subject for e in self._edits.values() for r in e.requests if r.subject]
-            self._subjects = subject_variants(self.tokenizer, asked) if self.config.rule.needs_subject else []
+    def subjects(self) -> IdSequences | None:
+        """The edits' subjects as token ids, where the position rule asks for subjects; collected at the first call."""
+        if self._subjects is None and self.config.rule.needs_subject:
+            self._subjects = IdSequences(ids for edit in self._edits.values() for ids in self._names(edit))
         return self._subjects
+
+    def _names(self, edit: Edit) -> list[list[int]]:
+        return subject_variants(self.tokenizer, [r.subject for r in edit.requests if r.subject])
 
     @property
     def routed(self) -> bool:
@@ -294,7 +302,7 @@ class BaftAdapter:
         if not self._enabled or not self._edits:
             return
         call = self._tracker.current()
-        found = call.positions(_PROMPT, [], hidden.shape[0], hidden.shape[1])
+        found = call.positions(_PROMPT, None, hidden.shape[0], hidden.shape[1])
         if found is None:
             return
         row, column = (index.to(hidden.device) for index in found)
@@ -308,7 +316,7 @@ class BaftAdapter:
         if not self._enabled or not self._edits:
             return None
         call, rows = self._tracker.current(), (hidden.shape[0], hidden.shape[1])
-        found = call.positions(self.config.rule, self._subject_ids(), *rows)
+        found = call.positions(self.config.rule, self.subjects(), *rows)
         if found is None:
             return None
         row, column = (index.to(hidden.device) for index in found)

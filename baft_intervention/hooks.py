@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import PositionError
-from .positions import PositionRule, subject_mask
+from .positions import IdSequences, PositionRule
 
 
 class _Call:
@@ -28,7 +28,7 @@ class _Call:
         self.evidence: dict[int, Tensor] = {}  # edited layer -> (E, B), read at an earlier layer of this call
 
     def positions(
-        self, rule: PositionRule, subjects: list[list[int]], rows: int, width: int
+        self, rule: PositionRule, subjects: IdSequences | None, rows: int, width: int
     ) -> tuple[Tensor, Tensor] | None:
         """``(row, column)`` indices of the edited tokens, or None where this call has none."""
         if rule not in self._found:
@@ -36,7 +36,7 @@ class _Call:
         return self._found[rule]
 
     def _find(
-        self, rule: PositionRule, subjects: list[list[int]], rows: int, width: int
+        self, rule: PositionRule, subjects: IdSequences | None, rows: int, width: int
     ) -> tuple[Tensor, Tensor] | None:
         if self.past and rule.kind != "all" and self.lengths is None:
             return None  # a decoding step: the prompt was edited when it was read
@@ -46,7 +46,7 @@ class _Call:
         lengths = filled if self.lengths is None else _expand(self.lengths, rows)
         found_subjects = None
         if rule.needs_subject and self.ids is not None:
-            found_subjects = subject_mask(self.ids.cpu(), subjects)
+            found_subjects = (subjects or IdSequences()).mask(self.ids)
         mask = rule.mask(starts, lengths, self.past + torch.arange(width), found_subjects)
         if self.lengths is None and rule.kind == "all":
             mask &= self._unpadded(rows, width)

@@ -21,7 +21,6 @@ from torch import Tensor
 from .adapter import BaftAdapter, Edit
 from .editor import BaftEditor
 from .errors import EditError, RequestError
-from .positions import subject_mask, subject_variants
 from .stack import MAP_TENSORS
 from .tokenization import encode_prompt
 from .weighting import WeightingNetwork
@@ -209,12 +208,9 @@ def _for_each(evidence: Tensor | None, positions: int, index: Tensor | None = No
 
 
 def _edited_positions(adapter: BaftAdapter, ids: Sequence[int]) -> list[int]:
-    rule, row = adapter.config.rule, torch.tensor([list(ids)])
-    subjects = None
-    if rule.needs_subject:
-        names = [request.subject for edit in adapter.edits for request in edit.requests if request.subject]
-        subjects = subject_mask(row, subject_variants(adapter.tokenizer, names))
-    mask = rule.mask(torch.tensor([0]), torch.tensor([len(ids)]), torch.arange(len(ids)), subjects)
+    rule, subjects = adapter.config.rule, adapter.subjects()
+    named = None if subjects is None else subjects.mask(torch.tensor([list(ids)]))
+    mask = rule.mask(torch.tensor([0]), torch.tensor([len(ids)]), torch.arange(len(ids)), named)
     return mask[0].nonzero().flatten().tolist()
 
 

@@ -25,7 +25,8 @@ absolute positions, so padding and caching change nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +114,7 @@ class PositionRule:
             starts: ``(B,)`` absolute position of each prompt's first token (the amount of left padding).
             lengths: ``(B,)`` number of the prompt's tokens.
             columns: ``(T,)`` absolute position of each column: ``past + arange(T)``.
-            subjects: ``(B, T)`` bool, tokens of a subject (see :func:`subject_mask`), for the subject rules.
+            subjects: ``(B, T)`` bool, tokens of a subject (see :class:`IdSequences`), for the subject rules.
 
         Returns:
             ``(B, T)`` bool.
@@ -206,17 +207,43 @@ def subject_variants(tokenizer: Any, subjects: Sequence[str]) -> list[list[int]]
     return variants
 
 
-def subject_mask(ids: Tensor, variants: Sequence[Sequence[int]]) -> Tensor:
-    """``(B, T)`` bool: tokens of ``ids (B, T)`` that belong to any of the id sequences."""
-    mask = torch.zeros(ids.shape, dtype=torch.bool)
-    rows = ids.tolist()
-    for variant in variants:
-        n, first = len(variant), variant[0]
-        for i, row in enumerate(rows):
-            for j in range(len(row) - n + 1):
-                if row[j] == first and row[j : j + n] == list(variant):
-                    mask[i, j : j + n] = True
-    return mask
+class IdSequences:
+    """Token id sequences that are looked for in texts: a few look-ups a token, however many sequences there are.
+
+    A sequence that was added twice is found until it has been removed twice.
+    """
+
+    def __init__(self, sequences: Iterable[Sequence[int]] = ()):
+        self._heads: dict[
+            int, dict[int, Counter[tuple[int, ...]]]
+        ] = {}  # first id -> length -> how often each is there
+        for sequence in sequences:
+            self.add(sequence)
+
+    def add(self, sequence: Sequence[int]) -> None:
+        """Look for ``sequence``, of at least one id, from now on."""
+        self._heads.setdefault(sequence[0], {}).setdefault(len(sequence), Counter())[tuple(sequence)] += 1
+
+    def remove(self, sequence: Sequence[int]) -> None:
+        """Take back one :meth:`add` of the same sequence."""
+        lengths = self._heads[sequence[0]]
+        found = lengths[len(sequence)]
+        found[tuple(sequence)] -= 1
+        if not found[tuple(sequence)]:
+            del found[tuple(sequence)]
+        if not found:
+            del lengths[len(sequence)]
+
+    def mask(self, ids: Tensor) -> Tensor:
+        """``(B, T)`` bool: tokens of ``ids (B, T)`` that belong to any of the sequences."""
+        rows = ids.tolist()
+        inside = [[False] * len(row) for row in rows]
+        for row, marked in zip(rows, inside, strict=True):
+            for begin, first in enumerate(row):
+                for length, known in self._heads.get(first, {}).items():
+                    if tuple(row[begin : begin + length]) in known:
+                        marked[begin : begin + length] = [True] * length
+        return torch.tensor(inside, dtype=torch.bool).reshape(ids.shape)
 
 
 def pad_locations(locations: Sequence[int], width: int, filler: int) -> list[int]:

@@ -8,14 +8,14 @@ from torch import nn
 
 from baft_intervention.errors import PositionError
 from baft_intervention.hooks import CallTracker, hook_block
-from baft_intervention.positions import PositionRule
+from baft_intervention.positions import IdSequences, PositionRule
 
 
 class _Tracked:
     """A tiny model whose first block tells which positions a rule finds in each call."""
 
     def __init__(self, model, rule: str, subjects=()):
-        self.model, self.rule, self.subjects = model, PositionRule.parse(rule), [list(s) for s in subjects]
+        self.model, self.rule, self.subjects = model, PositionRule.parse(rule), IdSequences(subjects)
         self.tracker = CallTracker(model)
         self.tracker.attach()
         self.seen: list[list[tuple[int, int]]] = []

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baft_intervention.errors import PositionError
-from baft_intervention.positions import PositionRule, pad_locations, prompt_positions, subject_mask, subject_variants
+from baft_intervention.positions import IdSequences, PositionRule, pad_locations, prompt_positions, subject_variants
 from baft_intervention.tokenization import encode_prompt, pad_rows
 from tiny import tiny_tokenizer
 
@@ -168,11 +168,33 @@ def test_subjects_are_found_in_padded_ids(side: str) -> None:
     prompts = ["The capital of France is", "France", "Rome is in Italy", "Leo and France"]
     subjects = ["France", "Leo"]
     ids, mask = pad_rows([encode_prompt(tokenizer, p) for p in prompts], tokenizer.pad_token_id, side)
-    found = subject_mask(ids, subject_variants(tokenizer, subjects))
+    found = IdSequences(subject_variants(tokenizer, subjects)).mask(ids)
     assert not (found & (mask == 0)).any()
     for i, prompt in enumerate(prompts):
         words = tokenizer.decode(ids[i][found[i]]).split()
         assert words == [word for word in prompt.split() if word in subjects]
+
+
+def test_sequences_are_found_as_a_search_for_each_of_them_finds_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> list[list[int]]:
+        return torch.randint(4, shape, generator=generator).tolist()
+
+    ids = torch.tensor(draw(30, 12))
+    several = [sequence for n in (1, 2, 3, 5, 14) for sequence in draw(3, n)[: 1 if n == 1 else 3]]
+    sequences = IdSequences([*several, several[3], [0], [1, 2]])
+    for gone in ([0], [1, 2], several[3]):  # the last stays: it was there twice
+        sequences.remove(gone)
+    expected = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, marked in zip(ids.tolist(), expected, strict=True):
+        for sequence in several:
+            for begin in range(len(row) - len(sequence) + 1):
+                if row[begin : begin + len(sequence)] == sequence:
+                    marked[begin : begin + len(sequence)] = True
+    assert 0 < expected.sum() < expected.numel()
+    assert torch.equal(sequences.mask(ids), expected)
+    assert not IdSequences().mask(ids).any()
 
 
 def test_a_subject_is_known_at_the_start_and_behind_a_space() -> None:

@@ -209,7 +209,8 @@ class _Run:
         sequential = not stages[0].fresh
         todo = [s for s in stages if sequential or s.fresh]
         if sequential:  # nothing can be computed on the unedited model later
-            self.scorer.prepare([r for i, r in enumerate(self.requests) if any(i in s.asked for s in stages)])
+            asked = {i for stage in stages for i in stage.asked}
+            self.scorer.prepare([r for i, r in enumerate(self.requests) if i in asked])
         edited = self.method.attach(self.scorer.model, self.scorer.tokenizer)
         setup = time.perf_counter() - begin
         bar = tqdm(
