@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from .ability import ability_lines, read_abilities
 
 Summary = Mapping[str, Any]
 
@@ -147,9 +148,10 @@ def write_report(folder: str | Path, *, command: str = "", note: str = "") -> di
         note: a paragraph of one's own below it.
     """
     folder = Path(folder)
-    summaries = read_summaries(folder)
+    summaries, abilities = read_summaries(folder), ability_lines(read_abilities(folder))
     paths = {kind: folder / f"report.{kind}" for kind in ("md", "csv", "png")}
-    paths["md"].write_text(markdown(summaries, command=command, note=note, plot=paths["png"].name), encoding="utf-8")
+    text = markdown(summaries, command=command, note=note, plot=paths["png"].name, more=abilities)
+    paths["md"].write_text(text, encoding="utf-8")
     paths["csv"].write_text(table_csv(summaries), encoding="utf-8", newline="")
     draw_plane(summaries, paths["png"])
     return paths
@@ -158,8 +160,10 @@ def write_report(folder: str | Path, *, command: str = "", note: str = "") -> di
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
-def markdown(summaries: Sequence[Summary], *, command: str = "", note: str = "", plot: str = "") -> str:
-    """The report as Markdown."""
+def markdown(
+    summaries: Sequence[Summary], *, command: str = "", note: str = "", plot: str = "", more: Sequence[str] = ()
+) -> str:
+    """The report as Markdown; ``more`` are lines of a section of their own, before the costs."""
     lines = ["# Benchmark report", ""]
     if command:
         lines += ["Made with", "", "```", *command.strip().splitlines(), "```", ""]
@@ -182,6 +186,7 @@ def markdown(summaries: Sequence[Summary], *, command: str = "", note: str = "",
             )
     lines += _groups(summaries)
     lines += _by_checkpoint(summaries)
+    lines += more
     lines += ["## Cost", "", "Training and evaluation apart; the machine is named above. Means over records.", ""]
     costs = [c for c in _COSTS if any(s["costs"].get(c) is not None for s in summaries)]
     lines += _table([_COSTS[c] for c in costs], summaries, lambda s: [_amount(s["costs"].get(c)) for c in costs])

@@ -146,9 +146,10 @@ def register() -> None:
     from easyeditor.util.alg_dict import ALG_DICT  # pyright: ignore[reportMissingImports]
 
     ALG_DICT[ALG_NAME] = apply_baft_to_model
-    batchable = BatchEditor.is_batchable_method  # a fixed list of names; batch_edit refuses any other
+    editors: Any = BatchEditor
+    batchable = editors.is_batchable_method  # a fixed list of names; batch_edit refuses any other
     if not batchable(ALG_NAME):
-        BatchEditor.is_batchable_method = staticmethod(lambda name: name == ALG_NAME or batchable(name))
+        editors.is_batchable_method = staticmethod(lambda alg_name: alg_name == ALG_NAME or batchable(alg_name))
 
 
 def to_edit_request(request: Mapping[str, Any]) -> EditRequest:
