@@ -71,7 +71,7 @@ def _command(commands: Any, name: str, short: str, description: str, example: st
 
 
 def _add_place(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="cpu (the default), cuda, cuda:1, … or auto")
+    parser.add_argument("--device", help="cpu (the default), cuda, cuda:1, …, auto, or spread over all")
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),

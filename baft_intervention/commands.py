@@ -12,8 +12,9 @@ from typing import Any
 from .chat import render_request
 from .cli import BAD_INPUT, FAILED, OK
 from .config import BaftConfig
-from .console import Output, can_show, one_line
+from .console import Output, Silent, can_show, one_line
 from .data import load_requests, validate
+from .distributed import from_main, is_main, processes
 from .editor import BaftEditor, EditReport
 from .errors import AdapterError, BaftError, ConfigError, DataError, EditError, RequestError
 from .models import load_model
@@ -32,14 +33,19 @@ _ANSWER_TOKENS = 12  # of the answers that `edit` shows before and after
 
 
 def run_edit(args: argparse.Namespace, out: Output) -> int:
-    place = _place_of_result(args)
+    with processes():
+        return _run_edit(args, out if is_main() else Silent())
+
+
+def _run_edit(args: argparse.Namespace, out: Output) -> int:
+    place = from_main(lambda: _place_of_result(args))
     config = _settings(args)
     _check_system(args)
     data = load_requests(args.edits, args.task, limit=args.limit, skip_bad=args.skip_bad)
     in_place = args.adapter is not None and place.resolve() == Path(args.adapter).expanduser().resolve()
-    editor = _open_editor(args, config, keep=in_place)
-    with editor:
-        return _edit(args, out, editor, data, place, keep=not in_place and not (place / DESCRIPTION).exists())
+    keep = from_main(lambda: not in_place and not (place / DESCRIPTION).exists())
+    with _open_editor(args, config, keep=in_place) as editor:
+        return _edit(args, out, editor, data, place, keep=keep)
 
 
 def _edit(args: argparse.Namespace, out: Output, editor: BaftEditor, data: Any, place: Path, *, keep: bool) -> int:

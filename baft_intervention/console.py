@@ -91,6 +91,16 @@ class Output:
             sys.stdout.flush()
 
 
+class Silent(Output):
+    """Shows nothing: of the processes that work on a command together, one shows the results."""
+
+    def __init__(self) -> None:
+        super().__init__(as_json=True, quiet=True)
+
+    def result(self, data: Any) -> None:
+        pass
+
+
 def one_line(value: object) -> str:
     """Text on one line: line ends as ``⏎``, and no control character that could reach the terminal."""
     text = str(value).strip().replace("\r\n", "\n").replace("\n", "⏎")

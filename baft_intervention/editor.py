@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,26 @@ from tqdm.auto import tqdm
 from .adapter import BaftAdapter, Edit, edits_state
 from .chat import is_conversation, render_chat, render_request
 from .config import BaftConfig
+from .distributed import from_main, gather, is_main, shard, unshard, world_size
 from .errors import AdapterError, ConfigError, EditError, RequestError, StoreError
 from .hub import CARD, fetched_adapter, is_repo_id, model_card, push_folder
 from .merge import MergeReport, OnConflict, check_same_coordinates, plan_merge
-from .models import config_hash, context_length, give_pad_token, load_model, model_fingerprint
+from .models import (
+    compute_device,
+    config_hash,
+    context_length,
+    give_pad_token,
+    is_sharded,
+    load_model,
+    model_fingerprint,
+)
 from .requests import EditRequest
 from .stack import is_shared
 from .storage import DESCRIPTION, library_versions, read_directory
-from .store import Store, write_directory
+from .store import MainStore, Store, open_store, write_directory
 from .tokenization import encode_prompt, pad_rows, pad_token_id
 from .training.bank import Bank, get_bank
-from .training.engine import Surroundings, encode_request, make_engine
+from .training.engine import Job, Surroundings, TrainedEdit, encode_request, make_engine
 from .training.start import make_jobs, shared_context
 
 logger = logging.getLogger(__name__)
@@ -98,7 +107,7 @@ class BaftEditor:
         self.model_name = model_name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         self.bank_texts = None if bank_texts is None else tuple(bank_texts)
         self._cached_bank: Bank | None = None
-        self._store: Store | None = None
+        self._store: Store | MainStore | None = None
         give_pad_token(tokenizer, self.model_name)
         self.adapter = BaftAdapter(model, tokenizer, self.config)
         self.adapter.attach()
@@ -171,12 +180,12 @@ class BaftEditor:
             StoreError: another process has it open, it cannot be written to, or its log is damaged.
             AdapterError: it holds something else, or an adapter that does not fit.
         """
-        store, given = Store(folder), {"device": device, "dtype": dtype, "bank_texts": bank_texts}
+        store, given = open_store(folder), {"device": device, "dtype": dtype, "bank_texts": bank_texts}
         name = os.fspath(folder)
         try:
             if not store.fresh:
                 editor = cls._from_adapter(
-                    store.path, name, None, model=None if model is None else os.fspath(model), **given
+                    store.path, name, None, model=None if model is None else os.fspath(model), store=store, **given
                 )
                 if config is not None:
                     _check_settings(editor.config, config, name)
@@ -202,10 +211,12 @@ class BaftEditor:
         dtype: Any,
         bank_texts: Any,
         model: str | None = None,
+        store: Any = None,
     ) -> BaftEditor:
         if config is not None:
             raise ConfigError(f"{name!r} is an adapter and has its own settings; leave config out")
-        state, description = read_directory(folder)
+        # several processes that open a folder together read what rank 0 reads: it may be on rank 0's disk alone
+        state, description = store.read() if isinstance(store, MainStore) else read_directory(folder)
         base = description["base_model"]
         given = {"device": device, "dtype": dtype or base.get("dtype")}
         base_name = model or base["name"]
@@ -232,7 +243,8 @@ class BaftEditor:
     ) -> str:
         """Push the edits with a generated model card to the hub; :meth:`from_pretrained` with ``repo_id`` loads them.
 
-        The requests themselves (prompts, new answers, subjects) are part of an adapter and are readable there.
+        The requests themselves (prompts, new answers, subjects) are part of an adapter and are readable there. Of several
+        processes rank 0 pushes; the others do nothing and get an empty address.
 
         Args:
             repo_id: ``user/name``; the repository is made where there is none.
@@ -249,6 +261,12 @@ class BaftEditor:
         Raises:
             AdapterError: the hub cannot be reached or refuses.
         """
+        if world_size() > 1 and is_sharded(self.model):
+            raise AdapterError(
+                "the model's parameters are sharded over processes; call save_pretrained on all of them, and push that folder"
+            )
+        if not is_main():
+            return ""
         with tempfile.TemporaryDirectory(prefix="baft-") as folder:
             place = self.save_pretrained(Path(folder) / "adapter")
             _, description = read_directory(place)
@@ -263,7 +281,7 @@ class BaftEditor:
         Raises:
             AdapterError: damaged, of another model or schema, or of other settings than this editor's.
         """
-        state, description = read_directory(path)
+        state, description = from_main(lambda: read_directory(path))
         before = self.adapter.shared, self.edits
         _check_settings(BaftConfig.from_dict(description["config"], where=f"{path}: "), self.config, os.fspath(path))
         self._take(state, description, f"{os.fspath(path)}: ")
@@ -295,13 +313,18 @@ class BaftEditor:
     def save_pretrained(self, path: str | os.PathLike[str]) -> Path:
         """Write the edits to a folder (``adapter.safetensors`` and ``adapter.json``), atomically.
 
+        Of several processes rank 0 writes, and the others do nothing: whoever reads what it wrote waits for it first.
+
         Raises:
             AdapterError: the folder holds something else, or cannot be written.
         """
         if self._store is not None and Path(path).expanduser().resolve() == self._store.path.resolve():
             self.compact()
             return self._store.path
-        return write_directory(path, self.adapter.state(), self._description())
+        description = self._description()  # of all ranks: where parameters are sharded they are put together for it
+        if not is_main():
+            return Path(path)
+        return write_directory(path, self.adapter.state(), description)
 
     def _description(self) -> dict[str, Any]:
         dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
@@ -325,7 +348,7 @@ class BaftEditor:
         """
         if self._store is not None:
             raise StoreError(f"the edits are kept in {self._store.path} already; close() the editor first")
-        store = Store(folder)
+        store = open_store(folder)
         try:
             if not store.fresh:
                 if len(self.adapter):
@@ -339,7 +362,7 @@ class BaftEditor:
             store.close(discard=True)
             raise
 
-    def _keep(self, store: Store) -> None:
+    def _keep(self, store: Store | MainStore) -> None:
         if self._prepare() or store.fresh:
             store.seal(self.adapter.state(), self._description())
         self._store = store
@@ -391,6 +414,10 @@ class BaftEditor:
 
         A later edit of a prompt supersedes the earlier one. An interrupt (Ctrl-C) keeps the edits that are finished.
 
+        Several processes (see :mod:`~baft_intervention.distributed`) call it with the same requests and have the same edits
+        afterwards. Edits that compete are shared out over them; one of several requests, and those that add up, are
+        trained by all together.
+
         Args:
             requests: what to change; conversations are put into the tokenizer's chat template, which is recorded.
             progress: show a bar with the time left.
@@ -412,25 +439,17 @@ class BaftEditor:
         done: list[Edit] = []
         marks = [self._store and self._store.mark()]  # of the log, after each edit that is done
         engine = make_engine(self.model, self.tokenizer, self.config, self.adapter.layers)
-        # edits that compete are independent and train together; those that add up train on top of each other, and those
-        # that take turns at the directions of a layer one after another
-        orthogonal = self.config.bases == "orthogonal"
-        chunk = _CHUNK if self.adapter.routed and not orthogonal else 1
+        chunk = _CHUNK * world_size() if self._independent else 1
+        progress = progress and is_main()
         bar = tqdm(total=len(groups), desc="editing", unit="edit", disable=not progress, dynamic_ncols=True)
         try:
             for edit in replaced:
                 self.adapter.remove(edit.id)
             with self.adapter.enabled(False), bar:
                 for first in range(0, len(groups), chunk):
-                    part = groups[first : first + chunk]
-                    allotted = [self.adapter.allot()] if orthogonal else []
-                    jobs = make_jobs(
-                        self.model, self.tokenizer, self.config, self.adapter.layers, part,
-                        shared=self.adapter.shared, bank=self._bank(), allotted=allotted,
-                    )  # fmt: skip
-                    for job, trained in zip(jobs, engine.train_many(jobs, self._surroundings()), strict=True):
+                    for asked, trained in self._trained(engine, groups[first : first + chunk]):
                         edit = Edit(
-                            job.requests[0].id, job.requests, trained.tensors, trained.used, trained.loss, trained.steps,
+                            asked[0].id, tuple(asked), trained.tensors, trained.used, trained.loss, trained.steps,
                             trained.seconds, trained.reached,
                         )  # fmt: skip
                         self._commit(edit, waiting.superseded_by(edit))
@@ -456,6 +475,36 @@ class BaftEditor:
                     edit.requests[0].where, edit.steps, edit.loss,
                 )  # fmt: skip
         return EditReport(tuple(done), tuple(edit.id for edit in replaced), time.perf_counter() - begin)
+
+    def _trained(
+        self, engine: Any, groups: Sequence[Sequence[EditRequest]]
+    ) -> Iterator[tuple[Sequence[EditRequest], TrainedEdit]]:
+        """What comes of each group of requests, in order, as soon as it is there; the same on all ranks."""
+        if world_size() == 1:
+            yield from zip(groups, engine.train_many(self._jobs(groups), self._surroundings()), strict=True)
+        elif self._independent and self.config.allocation != "joint" and not is_sharded(self.model):
+            around = self._surroundings()
+            own = gather(lambda: list(engine.train_many(self._jobs(shard(groups)), around)))
+            yield from zip(groups, unshard(own), strict=True)
+        else:  # the ranks call the model equally often, as it must be where its parameters are sharded
+            for job, group in zip(self._jobs(groups), groups, strict=True):
+                for module in job.maps.values():  # so that all begin at the same bits
+                    module.load_state_dict(from_main(module.state_dict))
+                yield group, engine.train_together(job, self._surroundings())
+
+    @property
+    def _independent(self) -> bool:
+        """Whether edits that compete train together, and apart from those that are there.
+
+        Those that add up train on top of each other, and those that take turns at the directions of a layer one after another.
+        """
+        return self.adapter.routed and self.config.bases != "orthogonal"
+
+    def _jobs(self, groups: Sequence[Sequence[EditRequest]]) -> list[Job]:
+        return make_jobs(
+            self.model, self.tokenizer, self.config, self.adapter.layers, groups, shared=self.adapter.shared,
+            bank=self._bank(), allotted=[from_main(self.adapter.allot)] if self.config.bases == "orthogonal" else [],
+        )  # fmt: skip
 
     def _superseded(self, items: Sequence[EditRequest]) -> list[Edit]:
         """Edits that ask nothing but what these requests ask anew."""
@@ -522,7 +571,7 @@ class BaftEditor:
             AdapterError: it is damaged or does not fit, its edits add up (see :func:`~baft_intervention.merge.plan_merge`), or
                 conflicts.
         """
-        state, description = read_directory(path)
+        state, description = from_main(lambda: read_directory(path))
         where = f"{os.fspath(path)}: "
         _check_settings(BaftConfig.from_dict(description["config"], where=where), self.config, os.fspath(path))
         self._check_base(description, where)
@@ -575,7 +624,8 @@ class BaftEditor:
                 context = shared_context(network, bank, layer, self.adapter.read_layer)
                 network.fit_shared(bank.unrelated[layer], context)
                 state = network.state_dict()
-                self.adapter.shared[layer] = {n: t.clone() for n, t in state.items() if is_shared(network, n)}
+                own = {n: t.clone() for n, t in state.items() if is_shared(network, n)}
+                self.adapter.shared[layer] = from_main(lambda own=own: own)
                 fitted = True
         return fitted
 
@@ -637,7 +687,7 @@ class BaftEditor:
             options = {"temperature": None, "top_p": None, "top_k": None, **options}
         several = options.get("num_return_sequences") or 1
         answers: list[Any] = []
-        device, context = next(self.model.parameters()).device, context_length(self.model)
+        device, context = compute_device(self.model), context_length(self.model)
         for begin in range(0, len(texts), batch_size):
             rows = [encode_prompt(self.tokenizer, text) for text in texts[begin : begin + batch_size]]
             if context and (longest := max(map(len, rows))) + max_new_tokens > context:

@@ -21,6 +21,7 @@ from torch import Tensor
 from .adapter import BaftAdapter, Edit
 from .editor import BaftEditor
 from .errors import EditError, RequestError
+from .models import compute_device
 from .stack import MAP_TENSORS
 from .tokenization import encode_prompt
 from .weighting import WeightingNetwork
@@ -140,7 +141,7 @@ def read_prompt(editor: BaftEditor, prompt: str) -> tuple[list[int], dict[int, T
     wanted = {*adapter.layers, *([] if adapter.read_layer is None else [adapter.read_layer])}
     # before every other hook: the adapter's own would have changed the output already
     handles = [adapter.blocks[layer].register_forward_hook(keep(layer), prepend=True) for layer in sorted(wanted)]
-    device = next(editor.model.parameters()).device
+    device = compute_device(editor.model)
     try:
         with _acting(adapter):
             editor.model(input_ids=torch.tensor([ids], device=device), use_cache=False)

@@ -50,7 +50,8 @@ def load_model(
 
     Args:
         name: ``"smollm2-135m"``, a folder with ``config.json`` and safetensors weights, or a hub id.
-        device: where the model goes; ``None`` is the CPU, ``"auto"`` the GPU where there is one.
+        device: where the model goes; ``None`` is the CPU, ``"auto"`` the GPU where there is one, ``"spread"`` all GPUs, and
+            what they do not hold the CPU and the disk (``device_map="auto"`` of accelerate).
         dtype: a ``torch.dtype`` or ``"float32"``, ``"bfloat16"``, ``"float16"``; ``None`` and ``"auto"`` keep
             what the checkpoint has (float32 for the built-in).
         revision: branch, tag or commit of a hub id.
@@ -69,6 +70,8 @@ def load_model(
     name = os.fspath(name)
     source = resolve_model(name)
     kwargs: dict[str, Any] = {"trust_remote_code": False}
+    mapped = {"device_map": "auto"} if device == "spread" else {}
+    place = None if mapped else _device(device)
     if source == name and not os.path.isdir(source):  # a hub id; a folder has no revision
         kwargs["revision"] = revision or "main"
     elif revision is not None:
@@ -77,14 +80,14 @@ def load_model(
         with _quiet_transformers():
             tokenizer: Any = AutoTokenizer.from_pretrained(source, **kwargs)
             model: Any = AutoModelForCausalLM.from_pretrained(
-                source, use_safetensors=True, **{_dtype_keyword(): _dtype(dtype)}, **kwargs
+                source, use_safetensors=True, **{_dtype_keyword(): _dtype(dtype)}, **kwargs, **mapped
             )
     except Exception as error:  # from_pretrained raises OSError, ValueError, KeyError, SafetensorError, …
         raise ModelError(_load_hint(name, source, error)) from error
     give_pad_token(tokenizer, name)
     if name in embedded.BUILTIN_MODELS:
         model.config._name_or_path = name  # a saved adapter then names the built-in, not this machine's cache
-    return model.to(_device(device)).eval(), tokenizer
+    return (model if place is None else model.to(place)).eval(), tokenizer
 
 
 def resolve_model(name: str) -> str:
@@ -193,6 +196,44 @@ def hidden_size(model: nn.Module) -> int:
     return int(value)
 
 
+def compute_device(module: nn.Module) -> torch.device:
+    """The device on which a model's first part, or a block, computes.
+
+    Parameters that accelerate has offloaded lie on the meta device until then; its hook says where they will be.
+
+    Raises:
+        ModelError: no parameter has values, and nobody says where they will be.
+    """
+    first = next(iter(module.parameters()), None)
+    if first is not None and not first.is_meta:
+        return first.device
+    for part in module.modules():
+        for hook in _accelerate_hooks(part):
+            if (device := getattr(hook, "execution_device", None)) is not None:
+                return torch.device(device)
+    raise ModelError(f"{type(module).__name__} has no parameters with values; load the model with its weights")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parameters are cut in pieces over processes (FSDP, ``fully_shard``): each call is then one of all ranks."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
+def spread(model: nn.Module) -> str:
+    """Why a model is not in one piece on one device, in words; empty where it is."""
+    if is_sharded(model):
+        return "its parameters are sharded over processes"
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return "parts of it are offloaded"
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    return f"its layers are on several devices ({', '.join(devices)})" if len(devices) > 1 else ""
+
+
+def _accelerate_hooks(module: nn.Module) -> Iterator[Any]:
+    hook = getattr(module, "_hf_hook", None)
+    yield from getattr(hook, "hooks", () if hook is None else (hook,))
+
+
 def context_length(model: nn.Module) -> int | None:
     """How many tokens the model reads at most; None where its config does not say."""
     value = _first(text_config(model), "max_position_embeddings", "n_positions", "n_ctx")
@@ -236,17 +277,16 @@ def model_fingerprint(model: nn.Module) -> str:
     changed bit anywhere shows, and besides 16384 elements at an even stride one by one (all of a smaller
     tensor), so that a permutation shows as well. It is a fingerprint against mix-ups, not a signature
     against forgery. Buffers, hooks and ``requires_grad`` do not enter, nor where the tensors lie: the result
-    is the same on the CPU and on a GPU, and for tied and untied embeddings with equal values. A model loaded
-    in another dtype is another model.
+    is the same on the CPU, on a GPU, spread over several, offloaded or sharded (then every rank must call this),
+    and for tied and untied embeddings with equal values. A model loaded in another dtype is another model.
 
     Raises:
-        ModelError: a parameter has no values (offloaded or on the meta device).
+        ModelError: a parameter has no values (on the meta device, and not offloaded by accelerate).
     """
     digest = hashlib.sha256()
-    parameters = {_stable_name(n): p for n, p in model.named_parameters(remove_duplicate=False)}
-    for name, parameter in sorted(parameters.items()):
-        if parameter.is_meta:
-            raise ModelError(f"parameter {name!r} is on the meta device; load the model without offloading")
+    parameters = {_stable_name(n): (n, p) for n, p in model.named_parameters(remove_duplicate=False)}
+    for name, (own_name, parameter) in sorted(parameters.items()):
+        parameter = _values(model, own_name, parameter)
         digest.update(f"{name}|{tuple(parameter.shape)}|{parameter.dtype}|".encode())
         flat = parameter.detach().reshape(-1)  # a copy only where it is not contiguous
         sample = flat if flat.numel() <= _SAMPLE else flat[:: math.ceil(flat.numel() / _SAMPLE)]
@@ -256,6 +296,20 @@ def model_fingerprint(model: nn.Module) -> str:
             digest.update(_word_sum(flat[:whole]).to_bytes(8, "little", signed=True))
             digest.update(_bytes(flat[whole:]))
     return digest.hexdigest()
+
+
+def _values(model: nn.Module, name: str, parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter whole and with values, wherever they are kept."""
+    if hasattr(parameter, "full_tensor"):
+        return parameter.full_tensor()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    if not parameter.is_meta:
+        return parameter
+    owner, _, last = name.rpartition(".")
+    module = model.get_submodule(owner)
+    for hook in _accelerate_hooks(module):
+        if (kept := getattr(hook, "weights_map", None)) is not None:
+            return kept[last].to(parameter.dtype)
+    raise ModelError(f"parameter {name!r} is on the meta device; load the model with its weights")
 
 
 def _stable_name(name: str) -> str:
@@ -322,7 +376,7 @@ def _device(device: str | torch.device | None) -> torch.device:
     try:
         found = torch.device(device or "cpu")
     except RuntimeError as error:
-        raise ModelError(f"device {device!r} is unknown; give cpu, cuda, cuda:1, … or auto") from error
+        raise ModelError(f"device {device!r} is unknown; give cpu, cuda, cuda:1, …, auto or spread") from error
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device {str(device)!r} was asked for, but torch sees no GPU here; use cpu or auto")
     return found

@@ -8,12 +8,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from .distributed import from_main, world_size
 from .edit_log import encode
 from .errors import AdapterError, StoreError
 from .locking import LOCK, FolderLock
@@ -24,6 +25,7 @@ from .storage import (
     TENSORS,
     checked_log,
     description_text,
+    read_directory,
     replace_snapshot,
     serialised,
     sync_folder,
@@ -228,6 +230,62 @@ class Store:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class MainStore:
+    """A :class:`Store` that several processes have in common: rank 0 writes, and what fails there fails on every rank.
+
+    All ranks call the same methods in the same order; :meth:`seal` and :meth:`close` are rank 0's own matter.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self._store: Store | None = None
+
+        def opened() -> tuple[Path, bool, int]:
+            self._store = store = Store(path)
+            return store.path, store.fresh, store.log_bytes
+
+        self.path, self.fresh, self.log_bytes = from_main(opened)
+
+    def read(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and description of the adapter, see :func:`~baft_intervention.storage.read_directory`."""
+        return from_main(lambda: read_directory(self.path))
+
+    def append(
+        self,
+        remove: Sequence[str] = (),
+        add: Sequence[Mapping[str, Any]] = (),
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._on_main(lambda store: store.append(remove, add, tensors))
+
+    def mark(self) -> Any:
+        return self._store and self._store.mark()
+
+    def rollback(self, mark: Any) -> None:
+        self._on_main(lambda store: store.rollback(mark))
+
+    def _on_main(self, change: Callable[[Store], None]) -> None:
+        def changed() -> int:
+            assert self._store is not None
+            change(self._store)
+            return self._store.log_bytes
+
+        self.log_bytes = from_main(changed)
+
+    def seal(self, state: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
+        if self._store is not None:
+            self._store.seal(state, description)
+        self.log_bytes = 0
+
+    def close(self, *, discard: bool = False) -> None:
+        if self._store is not None:
+            self._store.close(discard=discard)
+
+
+def open_store(path: str | os.PathLike[str]) -> Store | MainStore:
+    """An adapter folder for writing; of several processes rank 0 writes. Errors as :class:`Store`."""
+    return Store(path) if world_size() == 1 else MainStore(path)
 
 
 def _umask() -> int:

@@ -5,6 +5,10 @@
 A method is a file in benchmarks/methods, a task one in benchmarks/tasks (or a path to one's own). Each cell is a
 `baft evaluate` in a process of its own, so its peak memory is its own, and a cell that fails does not end the others. The
 same command again finishes what is missing. Afterwards: python benchmarks/report.py DIR.
+
+Several GPUs, or machines, share the records of each cell out (docs/distributed.md):
+
+    python benchmarks/run.py --methods baft --device cuda --launch "torchrun --standalone --nproc_per_node 4" --out DIR
 """
 
 from __future__ import annotations
@@ -119,6 +123,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--jobs", type=int, default=1, metavar="N", help="cells at once, each on cores/N threads; default: 1"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="threads a cell; default: cores/jobs")
+    parser.add_argument(
+        "--launch", default="", metavar="WORDS", help="what starts the processes of a cell, e.g. 'torchrun ...'"
+    )
     parser.add_argument("--fresh", action="store_true", help="run every cell again")
     parser.add_argument("--dry-run", action="store_true", help="show the commands only")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -147,6 +154,8 @@ def shown_command(argv: Sequence[str] | None) -> str:
 
 def make_cells(args: argparse.Namespace) -> list[Cell]:
     """All cells; the methods of one task stand apart, so that parallel cells do not compute the same answers twice."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("run.py starts its cells itself; run it as one process, with --launch 'torchrun ...'")
     if args.jobs < 1:
         raise ValueError(f"--jobs is {args.jobs}; it must be at least 1")
     threads = args.threads or max(1, (os.cpu_count() or 1) // args.jobs)
@@ -220,7 +229,8 @@ def make_cell(
             words += [f"--{flag}", str(getattr(args, flag))]
     words += ["--skip-bad"] if args.skip_bad else []
     words += ["--fresh"] if args.fresh else []
-    command = [sys.executable, "-m", "baft_intervention.evaluation.run", *words]
+    start = shlex.split(args.launch) or [sys.executable]
+    command = [*start, "-m", "baft_intervention.evaluation.run", *words]
     return Cell(name, folder, command, args.limit or count_records(data))
 
 

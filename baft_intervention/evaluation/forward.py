@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models import find_blocks
+from ..models import compute_device, find_blocks
 from ..tokenization import pad_rows
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,8 @@ class LogitReader:
         picked: list[torch.Tensor] = []
 
         def pick(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            picked.append(args[0][rows, columns])  # (N, d)
+            device = args[0].device  # the head's, where the model is spread over several
+            picked.append(args[0][rows.to(device), columns.to(device)])  # (N, d)
             wanted = picked[0] if extra is None else torch.cat([picked[0], extra.to(picked[0])])
             return (wanted.unsqueeze(0), *args[1:])
 
@@ -255,7 +256,7 @@ def decode_tokens(
         samplers: a row with a generator samples from its :data:`TOP_K` most likely tokens (ROME's way).
         at_prompt: context manager made from the prompts' lengths.
     """
-    device = reader.model.get_input_embeddings().weight.device  # pyright: ignore[reportCallIssue]
+    device = compute_device(reader.model)
     samplers = samplers or [None] * len(prompts)
     texts = [list(k)[:limit] for k, limit in zip(known or [[]] * len(prompts), limits, strict=True)]
     done = [any(t in end_ids for t in text) or len(text) >= limit for text, limit in zip(texts, limits, strict=True)]

@@ -14,12 +14,17 @@ Results go to ``records.jsonl`` group by group, times to ``timings.jsonl``. A ru
 ``single`` and ``batched`` with the next group; the sequential ones *apply the earlier edits again*, without asking, which
 needs no copy of the state of every kind of method, and gives the same model because edits are deterministic.
 
+Several processes share a run out, unit after unit to one rank after the other, and rank 0 writes the files in the order of
+one process. A unit is a stage of ``single`` and ``batched``; of the sequential protocols, which are one stream, it is a group
+of records that are asked, and every rank makes all edits itself. A run may go on with another number of processes.
+
 An edit that fails is part of the result: its record has the reason under ``error`` and is scored on the model as the
 failure left it, that is, without the edit.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import time
@@ -30,6 +35,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from .. import distributed
 from ..chat import render_request
 from ..errors import BaftError, ConfigError, EditError
 from ..requests import EditRequest
@@ -46,6 +52,7 @@ Protocol = Literal["single", "batched", "sequential_immediate", "sequential_fina
 PROTOCOLS: tuple[str, ...] = get_args(Protocol)
 DEFAULT_CHECKPOINTS = (1, 10, 100, 1000)
 _GROUP = 16  # records that are scored together where many are asked at once
+_TURNS = 4  # units of each of several processes between two meetings: a kill costs so much, and no rank waits long
 
 
 @dataclass(frozen=True)
@@ -168,12 +175,47 @@ def run_protocol(
     stages = stages_of(requests, plan)
     order = [[stage.checkpoint, i] for stage in stages for i in stage.asked]
     folder = Path(folder)
-    with RecordFile(folder / "records.jsonl", order, lambda r: [r.get("checkpoint"), r.get("index")]) as file:
-        whole = _whole_groups(stages, len(file))
-        file.truncate(whole)
-        if whole == len(order):
-            return
-        _Run(scorer, method, requests, plan, folder).go(stages, file, progress)
+    with contextlib.ExitStack() as kept:
+        files: list[RecordFile] = []  # one on rank 0, none on others
+
+        def opened() -> int:
+            file = RecordFile(folder / "records.jsonl", order, lambda r: [r.get("checkpoint"), r.get("index")])
+            files.append(kept.enter_context(file))
+            file.truncate(_whole_groups(stages, len(file)))
+            return len(file)
+
+        written = distributed.from_main(opened)
+        if written < len(order):
+            _Run(scorer, method, requests, plan, folder).go(stages, files, written, progress)
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """What one rank does in one go: groups of records that it asks, after the stage's edits where ``apply`` says so."""
+
+    stage: Stage
+    groups: tuple[tuple[int, ...], ...]
+    apply: bool
+
+    @property
+    def asked(self) -> list[int]:
+        return [i for group in self.groups for i in group]
+
+
+def _units(stages: Sequence[Stage], written: int) -> list[_Unit]:
+    """What is still to be done when so many records are written."""
+    units, seen = [], 0
+    for stage in stages:
+        left = []
+        for group in _groups(stage):
+            seen += len(group)
+            left += [group] if seen > written else []
+        if stage.fresh:
+            units += [_Unit(stage, tuple(left), True)] if left else []
+        else:  # the edits of each stage are needed for the next, asked about or not
+            units.append(_Unit(stage, tuple(left[:1]), True))
+            units += [_Unit(stage, (group,), False) for group in left[1:]]
+    return units
 
 
 def _groups(stage: Stage) -> Iterator[tuple[int, ...]]:
@@ -199,47 +241,68 @@ class _Run:
     ) -> None:
         self.scorer, self.method, self.requests, self.plan, self.folder = scorer, method, requests, plan, folder
         self.outcome: dict[int, dict[str, Any]] = {}
+        self.times: list[dict[str, Any]] = []  # that are not written yet
+        self.first = distributed.is_main()
 
-    def go(self, stages: Sequence[Stage], file: RecordFile, progress: bool) -> None:
+    def go(self, stages: Sequence[Stage], files: Sequence[RecordFile], written: int, progress: bool) -> None:
+        """Do what is left; ``files`` has the file on rank 0, and nothing on others."""
         from tqdm.auto import tqdm
 
-        written, seen = len(file), 0
-        total = sum(len(s.asked) for s in stages)
+        units = _units(stages, written)
+        ranks = distributed.world_size()
+        whose = {id(unit): n % ranks for n, unit in enumerate(u for u in units if u.groups)}
+        own = {id(unit) for unit in units if whose.get(id(unit)) == distributed.rank()}
         begin = time.perf_counter()
-        sequential = not stages[0].fresh
-        todo = [s for s in stages if sequential or s.fresh]
-        if sequential:  # nothing can be computed on the unedited model later
-            asked = {i for stage in stages for i in stage.asked}
-            self.scorer.prepare([r for i, r in enumerate(self.requests) if i in asked])
+        if not stages[0].fresh:  # nothing can be computed on the unedited model later
+            self.scorer.prepare([self.requests[i] for i in sorted({i for u in units if id(u) in own for i in u.asked})])
         edited = self.method.attach(self.scorer.model, self.scorer.tokenizer)
-        setup = time.perf_counter() - begin
+        self._time(setup_seconds=time.perf_counter() - begin)
         bar = tqdm(
-            total=total, initial=written, desc=f"{self.method.name} {self.plan.protocol}", unit="record",
-            disable=not progress, dynamic_ncols=True,
+            total=sum(len(s.asked) for s in stages), initial=written, desc=f"{self.method.name} {self.plan.protocol}",
+            unit="record", disable=not progress or not distributed.is_main(), dynamic_ncols=True,
         )  # fmt: skip
+        size = ranks * _TURNS if ranks > 1 else 1
         try:
-            self._time(setup_seconds=setup)
-            for stage in todo:
-                end = seen + len(stage.asked)
-                if stage.fresh and end <= written:
-                    seen = end
-                    continue
-                if stage.fresh:
-                    edited.reset()
-                    self.outcome.clear()
-                    begin = time.perf_counter()
-                    self.scorer.prepare([self.requests[i] for i in stage.asked])
-                    self._time(prior_seconds=time.perf_counter() - begin, records=len(stage.asked))
-                self._apply(edited, stage, again=end <= written)
-                for group in _groups(stage):
-                    seen += len(group)
-                    if seen <= written:
-                        continue
-                    file.append(self._ask(edited, stage, group))
-                    bar.update(len(group))
+            for first in range(0, len(units), size):
+                turn = units[first : first + size]
+                parts = distributed.gather(lambda turn=turn: self._turn(edited, turn, own))
+                lines = {n: found for part, _ in parts for n, found in part.items()}
+                done = [line for n in sorted(lines) for line in lines[n]]
+                times = [values for _, part in parts for values in part]
+                distributed.from_main(lambda done=done, times=times: self._write(files[0], done, times))
+                bar.update(len(done))
         finally:
             bar.close()
             edited.restore()
+
+    def _turn(self, edited: EditedModel, turn: Sequence[_Unit], own: set[int]) -> tuple[dict, list]:
+        """``({number in the turn: lines}, times)`` of this rank."""
+        found = {}
+        with distributed.alone():  # an edit of one rank is none of the others' business
+            for number, unit in enumerate(turn):
+                mine = id(unit) in own
+                if unit.apply and (mine or not unit.stage.fresh):
+                    self._begin(edited, unit)
+                if mine:
+                    found[number] = [line for group in unit.groups for line in self._ask(edited, unit.stage, group)]
+        times, self.times = self.times, []
+        return found, times
+
+    def _begin(self, edited: EditedModel, unit: _Unit) -> None:
+        """Make the edits of a unit's stage."""
+        if unit.stage.fresh:
+            edited.reset()
+            self.outcome.clear()
+            begin = time.perf_counter()
+            self.scorer.prepare([self.requests[i] for i in unit.stage.asked])
+            self._time(prior_seconds=time.perf_counter() - begin, records=len(unit.stage.asked))
+        self._apply(edited, unit.stage, again=not unit.groups)
+
+    def _write(self, file: RecordFile, lines: Sequence[dict[str, Any]], times: Sequence[dict[str, Any]]) -> None:
+        """Records as they come, and times, which differ from run to run, into their own file."""
+        file.append(lines)
+        with open(self.folder / "timings.jsonl", "ab") as side:
+            side.writelines(dump_line(values) for values in times)
 
     def _apply(self, edited: EditedModel, stage: Stage, *, again: bool) -> None:
         for batch in stage.batches:
@@ -253,7 +316,8 @@ class _Run:
                 outcome = {"error": f"{type(error).__name__}: {error}", "steps": 0, "final_loss": None}
                 outcome |= {"trained_parameters": 0, "adapter_bytes": edited.cost.adapter_bytes}
             seconds = time.perf_counter() - begin
-            self._time(edit_seconds=seconds, edits=len(batch), again=again)
+            if stage.fresh or self.first:  # what every rank does is counted once
+                self._time(edit_seconds=seconds, edits=len(batch), again=again)
             self.outcome |= dict.fromkeys(batch, outcome)
 
     def _ask(self, edited: EditedModel, stage: Stage, group: Sequence[int]) -> list[dict[str, Any]]:
@@ -320,9 +384,7 @@ class _Run:
         return max(len(self.scorer.tokenizer(" " + a, add_special_tokens=False)["input_ids"]) for a in answers)
 
     def _time(self, **values: Any) -> None:
-        """Append to the side file; times differ from run to run and stay out of the records."""
-        with open(self.folder / "timings.jsonl", "ab") as file:
-            file.write(dump_line(values))
+        self.times.append(values)
 
 
 def _is_generated(question: Question) -> bool:

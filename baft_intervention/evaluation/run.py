@@ -4,6 +4,10 @@ Writes into --out: records.jsonl (one line a record, byte for byte the same at e
 (what was run) and summary.json. A run that was cut goes on where it stood when the same command is given again.
 
   baft evaluate --task zsre --data ZsRE-test-all.json --method baft --limit 100 --out results/zsre-baft
+
+Several processes share the records out and write the same files (docs/distributed.md):
+
+  torchrun --nproc_per_node 4 -m baft_intervention.cli evaluate --device cuda --task zsre ...
 """
 
 from __future__ import annotations
@@ -86,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fluency-every", type=_positive, default=1, metavar="N", help="on every N-th record only; default: 1"
     )
     where = parser.add_argument_group("where")
-    where.add_argument("--device", help="cpu (the default), cuda, cuda:1, ... or auto")
+    where.add_argument("--device", help="cpu (the default), cuda, cuda:1, ..., auto, or spread over all")
     where.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="of the model; default: as saved"
     )
@@ -107,10 +111,20 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         BaftError: bad input, or an operation that failed; the caller makes exit codes of them.
     """
+    from ..distributed import processes
+
+    with processes():
+        return _main(args)
+
+
+def _main(args: argparse.Namespace) -> int:
+    from .. import distributed
     from ..console import Output
 
     out = Output(as_json=args.json, quiet=args.quiet)
     summary = evaluate(args, progress=out.progress)
+    if not distributed.is_main():
+        return 0
     if args.json:
         out.result(summary)
         return 0
@@ -127,11 +141,12 @@ def main(args: argparse.Namespace) -> int:
 
 def evaluate(args: argparse.Namespace, *, progress: bool = False) -> dict[str, Any]:
     """What :func:`main` does, but for what it shows; gives the summary."""
+    from .. import distributed
     from ..data import load_requests
     from ..data.registry import canonical_task
     from .methods import load_method, make_method
     from .protocols import Generation, Plan
-    from .summary import library_versions, make_summary
+    from .summary import library_versions, machine_facts, make_summary
 
     generation = Generation(
         answers=not args.no_answers, max_new_tokens=args.max_new_tokens,
@@ -141,7 +156,7 @@ def evaluate(args: argparse.Namespace, *, progress: bool = False) -> dict[str, A
     label, method = load_method(args.method, METHOD_FOLDER)
     changed = {"seed": args.seed} | _assignments(args.set, "--set")
     method = make_method(method.name, _plain(method) | changed)
-    folder = _folder(args.out, fresh=args.fresh)
+    folder = distributed.from_main(lambda: _folder(args.out, fresh=args.fresh))
     data = load_requests(
         args.data, args.task, limit=args.limit, seed=args.seed or None, skip_bad=args.skip_bad,
         unrelated=args.unrelated, unrelated_per_record=args.unrelated_per_record, **_assignments(args.option, "--option"),
@@ -164,19 +179,27 @@ def evaluate(args: argparse.Namespace, *, progress: bool = False) -> dict[str, A
     if plan.protocol != "sequential_final":
         del run["checkpoints"]
     run["versions"] = library_versions()
-    finished = _finished(folder, run)
+    finished = distributed.from_main(lambda: _finished(folder, run))
     if finished is not None:
         logger.info("%s is finished; give --fresh to run it again", folder)
         return finished
     with _only_writer(folder):
         run = _run(args, method, data.requests, plan, run, folder, progress)
-        summary = make_summary(run, folder)
-        _write(folder / "summary.json", summary)
-    (folder / "lock").unlink(missing_ok=True)
+        machine = machine_facts() | {"processes": distributed.world_size()}
+
+        def summarised() -> dict[str, Any]:
+            summary = make_summary(run, folder, machine=machine)
+            _write(folder / "summary.json", summary)
+            return summary
+
+        summary = distributed.from_main(summarised)
+    if distributed.is_main():
+        (folder / "lock").unlink(missing_ok=True)
     return summary
 
 
 def _run(args, method, requests, plan, run, folder, progress) -> dict[str, Any]:
+    from .. import distributed
     from ..models import load_model, model_fingerprint
     from .priors import PriorStore, default_cache_folder
     from .protocols import run_protocol
@@ -185,14 +208,27 @@ def _run(args, method, requests, plan, run, folder, progress) -> dict[str, Any]:
     from .summary import peak_memory_mib
 
     model, tokenizer = load_model(args.model, device=args.device, dtype=args.dtype)
-    run = run | {"fingerprint": model_fingerprint(model)}
-    _same_run(folder / "run.json", run)
-    _write(folder / "run.json", run)
+    fingerprints = distributed.gather(lambda: model_fingerprint(model))
+    run = run | {"fingerprint": fingerprints[0]}
+    if len(set(fingerprints)) > 1:
+        other = next(k for k, found in enumerate(fingerprints) if found != fingerprints[0])
+        raise ConfigError(f"--model {args.model!r} is another model on rank {other} than on rank 0; give all the same")
+
+    def begun() -> None:
+        _same_run(folder / "run.json", run)
+        _write(folder / "run.json", run)
+
+    distributed.from_main(begun)
     cache = None if args.cache == "none" else Path(args.cache) if args.cache else default_cache_folder()
     scorer = Scorer(model, tokenizer, cache=PriorStore(cache), replies=args.replies, fingerprint=run["fingerprint"])
     run_protocol(scorer, method, requests, plan, folder, progress=progress)
-    with open(folder / "timings.jsonl", "ab") as file:
-        file.write(dump_line({"peak_memory_mib": peak_memory_mib()}))
+    peaks = distributed.gather(peak_memory_mib)
+
+    def noted() -> None:
+        with open(folder / "timings.jsonl", "ab") as file:
+            file.write(dump_line({"peak_memory_mib": max(peaks)}))
+
+    distributed.from_main(noted)
     return run
 
 
@@ -201,12 +237,21 @@ def _only_writer(folder: Path) -> Iterator[None]:
     """Keep a second run out of the folder: two would write the same records twice. The lock goes with the process."""
     from filelock import FileLock, Timeout
 
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / "lock", timeout=0):
-            yield
-    except Timeout:
-        raise ConfigError(f"another run writes to {str(folder)!r}; wait for it, or give another --out") from None
+    from .. import distributed
+
+    with contextlib.ExitStack() as held:
+
+        def locked() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                held.enter_context(FileLock(folder / "lock", timeout=0))
+            except Timeout:
+                raise ConfigError(
+                    f"another run writes to {str(folder)!r}; wait for it, or give another --out"
+                ) from None
+
+        distributed.from_main(locked)
+        yield
 
 
 def _folder(out: str, *, fresh: bool) -> Path:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ..errors import EditError
-from ..models import find_blocks, model_fingerprint
+from ..models import compute_device, find_blocks, model_fingerprint
 from ..requests import EditRequest
 from ..tokenization import encode_prompt, pad_rows, pad_token_id
 from .edited import EditedModel
@@ -157,16 +157,16 @@ class Scorer:
         if self._settings is None:
             import transformers
 
-            weight = self.model.get_input_embeddings().weight
+            weight, device = self.model.get_input_embeddings().weight, compute_device(self.model).type
             self._settings = {
                 "model": self.fingerprint,
                 "code": code_version(),
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
-                "device": weight.device.type,
+                "device": device,
                 "dtype": str(weight.dtype),
                 "attention": getattr(self.model.config, "_attn_implementation", None),
-                "threads": torch.get_num_threads() if weight.device.type == "cpu" else None,
+                "threads": torch.get_num_threads() if device == "cpu" else None,
                 "resume_blocks": self.resume_blocks,
                 "log_probs": self.keep_log_probs,
                 "token_budget": self.token_budget,
@@ -315,12 +315,12 @@ class Scorer:
             found[q] = (argmax[at : at + query.width], _target_log_probs(logits, normal, at, query), divergence)
 
     def _pad(self, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
-        device = self.model.get_input_embeddings().weight.device
+        device = compute_device(self.model)
         ids, mask = pad_rows([r.ids for r in rows], pad_token_id(self.tokenizer))
         return ids.to(device), mask.to(device)
 
     def _indices(self, where: tuple[list[int], list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        device = self.model.get_input_embeddings().weight.device
+        device = compute_device(self.model)
         return torch.tensor(where[0], device=device), torch.tensor(where[1], device=device)
 
 

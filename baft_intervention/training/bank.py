@@ -22,9 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..distributed import from_main, is_main
 from ..embedded import cache_folder
 from ..errors import ConfigError
-from ..models import model_fingerprint
+from ..models import compute_device, model_fingerprint
 from ..tokenization import pad_rows, pad_token_id
 from .reading import read_blocks
 from .relations import RELATIONS, dictionary
@@ -47,7 +48,7 @@ POSITIONS_PER_TEXT = 4  # the last token, and three inside
 def write_texts(model: Any, tokenizer: Any, count: int, *, seed: int = 0, max_new_tokens: int = 16) -> list[str]:
     """``count`` short texts that ``model`` writes itself: sampled continuations of :data:`OPENINGS`. Same seed, same texts."""
     openings = [OPENINGS[i % len(OPENINGS)] for i in range(count)]
-    device = next(model.parameters()).device
+    device = compute_device(model)
     texts: list[str] = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -146,16 +147,16 @@ def get_bank(
         "relations": [sorted(relation_layers), _digest(dictionary())],
     }
     path = cache_folder() / "banks" / f"{_digest(what)[:24]}.safetensors"
-    if cache and path.is_file():
-        try:
-            saved = load_file(path)
-            return Bank(
-                {layer: saved[f"unrelated.{layer}"] for layer in layers},
-                {layer: saved[f"relations.{layer}"] for layer in relation_layers},
-                {layer: saved[f"starts.{layer}"] for layer in layers},
-            )
-        except (OSError, SafetensorError, KeyError) as error:
-            logger.warning("cached bank %s cannot be read (%s); it is made anew", path, error)
+    names = [f"{kind}.{layer}" for kind in ("unrelated", "starts") for layer in layers]
+    names += [f"relations.{layer}" for layer in relation_layers]
+    # of several processes all compute a bank, or none: where the model is sharded it takes all of them
+    saved = from_main(lambda: _cached(path, names)) if cache else None
+    if saved is not None:
+        return Bank(
+            {layer: saved[f"unrelated.{layer}"] for layer in layers},
+            {layer: saved[f"relations.{layer}"] for layer in relation_layers},
+            {layer: saved[f"starts.{layer}"] for layer in layers},
+        )
     if texts is None:
         logger.info("the model writes %d unrelated texts for its bank (once a model)", size)
         texts = write_texts(model, tokenizer, size, seed=seed)
@@ -164,7 +165,8 @@ def get_bank(
         relation_representations(model, tokenizer, relation_layers) if relation_layers else {},
         start_representations(model, tokenizer, layers),
     )
-    if cache:
+    bank = from_main(lambda: bank)  # the same bits for all
+    if cache and is_main():
         tensors = {f"unrelated.{layer}": tensor for layer, tensor in bank.unrelated.items()}
         tensors.update({f"relations.{layer}": tensor for layer, tensor in bank.relations.items()})
         tensors.update({f"starts.{layer}": tensor for layer, tensor in bank.starts.items()})
@@ -174,6 +176,17 @@ def get_bank(
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _cached(path: Path, names: Sequence[str]) -> dict[str, Tensor] | None:
+    if not path.is_file():
+        return None
+    try:
+        saved = load_file(path)
+        return {name: saved[name] for name in names}
+    except (OSError, SafetensorError, KeyError) as error:
+        logger.warning("cached bank %s cannot be read (%s); it is made anew", path, error)
+        return None
 
 
 def _store(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..config import BaftConfig
+from ..distributed import Together
 from ..errors import EditError
-from .engine import Job, Surroundings, TrainedEdit, check_loss, map_tensors
+from .engine import Job, Surroundings, TrainedEdit, check_loss, map_tensors, summed, use_of, watching
 from .stacked import Places, StackedMaps
 from .suffix import Suffix
 
@@ -29,6 +30,7 @@ class Batch:
         layers: edited blocks.
         around: bank, use of bases, earlier edits.
         spent: seconds that all of them have taken already.
+        together: where there is one edit, whose other rows other ranks have.
 
     Attributes:
         active: numbers of the jobs still in training.
@@ -44,8 +46,9 @@ class Batch:
         around: Surroundings,
         *,
         spent: float = 0.0,
+        together: Together | None = None,
     ):
-        self.jobs, self.suffix, self.config = jobs, suffix, config
+        self.jobs, self.suffix, self.config, self.together = jobs, suffix, config, together
         bank = {n: around.bank[n] for n in layers if n in around.bank} if config.locality_coefficient else {}
         maps = [job.maps for job in jobs.values()]
         self.maps = StackedMaps(maps, config, suffix.device, used=around.used, bank=bank, earlier=around.earlier)
@@ -62,12 +65,14 @@ class Batch:
         """
         begin, config = time.perf_counter(), self.config
         last = self.maps.step == config.steps
-        with torch.set_grad_enabled(not last):
+        together, part = self.together, 1.0 if self.together is None else self.together.share
+        with torch.set_grad_enabled(not last), watching(together):
             losses, hits = self.suffix.losses(self.maps.changes(self._layout.places))
             edit = self._layout.sum(losses * self._layout.share)  # (E,)
-            total = (edit + self.maps.penalties()).sum()
+            total = (part * edit + self.maps.penalties(together)).sum()
+            found = torch.stack([edit.detach(), self._layout.sum((~hits).float())])
         # the one time a step that the accelerator is waited for
-        values = torch.stack([edit.detach(), self._layout.sum((~hits).float())]).tolist()
+        values = (found if together is None else together.mean([found])[0]).tolist()
         self.losses = dict(zip(self.active, values[0], strict=True))
         leaving: dict[int, tuple[float, bool]] = {}
         for k, (loss, missed) in enumerate(zip(*values, strict=True)):
@@ -78,7 +83,9 @@ class Batch:
         results = self._part(leaving) if leaving else {}
         begin = time.perf_counter()
         if len(leaving) < len(self.active):
-            self.maps.update(self.maps.gradients(total))
+            with watching(together):
+                gradients = self.maps.gradients(total)
+            self.maps.update(summed(gradients, together))
             self._spent += (time.perf_counter() - begin) / len(self.active)
         if leaving:
             self._keep([k for k in range(len(self.active)) if k not in leaving])
@@ -86,7 +93,7 @@ class Batch:
 
     def _part(self, leaving: Mapping[int, tuple[float, bool]]) -> Results:
         results: Results = {}
-        used = {layer: weights.detach().sum(1).cpu() for layer, weights in self.maps.weights.items()}
+        used = {layer: use_of(weights, self.together).cpu() for layer, weights in self.maps.weights.items()}
         for k, (loss, reached) in leaving.items():
             job = self.jobs[self.active[k]]
             try:

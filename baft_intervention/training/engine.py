@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
 import math
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 
 from ..basis_map import BasisWeightedMap
 from ..config import BaftConfig
+from ..distributed import Together
 from ..errors import EditError
 from ..hooks import hook_block
 from ..losses import balance_loss, edit_loss, locality_loss, target_accuracy
-from ..models import find_blocks
+from ..models import compute_device, find_blocks, spread
 from ..positions import prompt_positions
 from ..requests import EditRequest
 from ..stack import is_shared
@@ -119,16 +121,17 @@ def encode_request(tokenizer: Any, request: EditRequest, config: BaftConfig) -> 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Inside, no parameter of ``model`` wants a gradient and the model is in eval mode; all flags come back after."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
+    # by name: offloading makes other objects of the parameters at each call
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
     modes = [(m, m.training) for m in model.modules()]  # of each: a user may keep some in eval mode
-    for parameter, _ in flags:
+    for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.eval()
     try:
         yield
     finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(flags[name])
         for module, mode in modes:
             module.training = mode
 
@@ -202,25 +205,35 @@ class ReferenceEngine:
         for job in jobs:
             yield self.train(job, around)
 
-    def train(self, job: Job, around: Surroundings) -> TrainedEdit:
-        """Train one edit (or one joint group of requests).
+    def train_together(self, job: Job, around: Surroundings) -> TrainedEdit:
+        """Train one edit on all ranks of the process group at once; every rank gets the same result.
+
+        Raises:
+            EditError: a loss that is not finite, or another rank that failed.
+        """
+        together, rows = Together.of(job.rows)
+        return self.train(dataclasses.replace(job, rows=tuple(rows)), around, together)
+
+    def train(self, job: Job, around: Surroundings, together: Together | None = None) -> TrainedEdit:
+        """Train one edit (or one joint group of requests); with ``together``, on this rank's rows of it.
 
         Raises:
             EditError: a loss that is not finite.
         """
         begin = time.perf_counter()
-        config, device = self.config, next(self.model.parameters()).device
+        config, device = self.config, compute_device(self.model)
         rows = job.rows
         ids, mask = pad_rows([r.ids for r in rows], pad_token_id(self.tokenizer))
         labels, _ = pad_rows([r.labels for r in rows], IGNORE_INDEX)
         batch = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
-        labels = labels.to(device)
         where = (
-            torch.tensor([i for i, r in enumerate(rows) for _ in r.positions], device=device),
-            torch.tensor([c for r in rows for c in r.positions], device=device),
+            torch.tensor([i for i, r in enumerate(rows) for _ in r.positions]),
+            torch.tensor([c for r in rows for c in r.positions]),
         )
-        maps = {layer: module.to(device) for layer, module in job.maps.items()}
-        bank = {layer: around.bank[layer].to(device) for layer in self.layers if layer in around.bank}
+        # each layer's part of the edit lives where its layer does
+        home = {layer: compute_device(self.blocks[layer]) for layer in self.layers}
+        maps = {layer: module.to(home[layer]) for layer, module in job.maps.items()}
+        bank = {layer: around.bank[layer].to(home[layer]) for layer in self.layers if layer in around.bank}
 
         with frozen(self.model):
             parameters = [p for m in maps.values() for p in m.parameters() if p.requires_grad]
@@ -229,23 +242,29 @@ class ReferenceEngine:
             reached, steps = False, 0
             weights: dict[int, Tensor] = {}
             for steps in range(config.steps + 1):  # the last round only looks at the result
-                with torch.enable_grad():
+                with torch.enable_grad(), watching(together):
                     with self._hooked(maps, where, around) as weights:
                         logits = self.model(**batch).logits
+                    labels = labels.to(logits.device)
                     edit = edit_loss(logits, labels).mean()
-                    total = edit + self._regularisation(maps, weights, around, bank)
-                loss, reached = float(edit.detach()), bool(target_accuracy(logits.detach(), labels).all())
+                    missed = 1.0 - target_accuracy(logits.detach(), labels).float().mean()
+                found = [edit.detach(), missed]
+                loss, missing = map(float, found if together is None else together.mean(found))
+                reached = missing == 0
                 check_loss(loss, steps, job, config)
                 if steps == config.steps or (reached and loss < config.loss_target):
                     break
                 optimiser.zero_grad(set_to_none=True)
-                gradients = torch.autograd.grad(total, parameters, allow_unused=True)
-                for parameter, gradient in zip(parameters, gradients, strict=True):
+                with torch.enable_grad(), watching(together):
+                    part = 1.0 if together is None else together.share
+                    total = part * edit + self._regularisation(maps, weights, around, bank, together)
+                    gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+                for parameter, gradient in zip(parameters, summed(gradients, together), strict=True):
                     parameter.grad = gradient
                 torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
                 optimiser.param_groups[0]["lr"] = config.rate_at(steps)
                 optimiser.step()
-        used = {layer: weights[layer].detach().sum(0).cpu() for layer in self.layers}
+        used = {layer: use_of(weights[layer], together).cpu() for layer in self.layers}
         tensors = {layer: map_tensors(module) for layer, module in maps.items()}
         return TrainedEdit(tensors, used, loss, steps, time.perf_counter() - begin, reached)
 
@@ -257,11 +276,12 @@ class ReferenceEngine:
 
         def change(layer: int) -> Callable[[Tensor], Tensor]:
             def apply(hidden: Tensor) -> Tensor:
-                x = hidden[where].float()
+                here = tuple(index.to(hidden.device) for index in where)
+                x = hidden[here].float()
                 delta, weights[layer] = maps[layer].update(x)
                 if layer in around.earlier:
                     delta = delta + around.earlier[layer](x)
-                return hidden.index_put(where, (x + delta).to(hidden.dtype))
+                return hidden.index_put(here, (x + delta).to(hidden.dtype))
 
             return apply
 
@@ -273,26 +293,64 @@ class ReferenceEngine:
                 handle.remove()
 
     def _regularisation(
-        self, maps: Mapping, weights: Mapping[int, Tensor], around: Surroundings, bank: Mapping
+        self,
+        maps: Mapping,
+        weights: Mapping[int, Tensor],
+        around: Surroundings,
+        bank: Mapping,
+        together: Together | None = None,
     ) -> Tensor | float:
         config, total = self.config, 0.0
+        device = compute_device(self.model)
         for layer, module in maps.items():
             if config.locality_coefficient and layer in bank:
-                total = total + config.locality_coefficient * locality_loss(module.weighting(bank[layer]))
-            if config.balance_coefficient:
-                used = around.used.get(layer, torch.zeros(config.rank))
-                total = total + config.balance_coefficient * balance_loss(
-                    weights[layer], used.to(weights[layer].device)
+                part = 1.0 if together is None else together.share
+                total = total + part * config.locality_coefficient * locality_loss(module.weighting(bank[layer])).to(
+                    device
                 )
+            if config.balance_coefficient:
+                own = weights[layer]
+                used = around.used.get(layer, torch.zeros(config.rank)).to(own.device)
+                if together is not None:
+                    own, used = together.use(own, used)
+                total = total + config.balance_coefficient * balance_loss(own, used).to(device)
         return total
+
+
+def watching(together: Together | None) -> contextlib.AbstractContextManager[None]:
+    """Inside, an error reaches the ranks that train the same edit; see :meth:`Together.watched`."""
+    return contextlib.nullcontext() if together is None else together.watched()
+
+
+def summed(gradients: Sequence[Tensor | None], together: Together | None) -> list[Tensor | None]:
+    """The gradient of an edit from those of its parts; None stays None, it is so on every rank."""
+    if together is None:
+        return list(gradients)
+    found = iter(together.sum([g for g in gradients if g is not None]))
+    return [None if g is None else next(found) for g in gradients]
+
+
+def use_of(weights: Tensor, together: Together | None) -> Tensor:
+    """Use of the bases ``(..., r)`` by an edit with the weights ``(..., n, r)``, on all ranks together."""
+    return weights.detach().sum(-2) if together is None else together.total(weights)
 
 
 def make_engine(
     model: nn.Module, tokenizer: Any, config: BaftConfig, layers: Sequence[int]
 ) -> ReferenceEngine | FastEngine:
-    """The engine that ``config.engine`` names: ``reference``, or for ``auto`` the fast one."""
-    if config.engine == "reference":
+    """The engine that ``config.engine`` names: ``reference``, or for ``auto`` the fast one where it can be.
+
+    A model that is not in one piece on one device is trained by the reference, which calls it as a user would.
+    """
+    reason = "" if config.engine == "reference" else spread(model)
+    if reason:
+        logger.warning("%s: %s; edits are trained by whole calls of it, not by the fast engine", _name(model), reason)
+    if reason or config.engine == "reference":
         return ReferenceEngine(model, tokenizer, config, layers)
     from .fast import FastEngine  # it builds on this module
 
     return FastEngine(model, tokenizer, config, layers)
+
+
+def _name(model: nn.Module) -> str:
+    return type(model).__name__

@@ -14,6 +14,7 @@ the blocks alone (:class:`.suffix.Replay`), the model with its lower blocks skip
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,13 +26,14 @@ from torch.nn import functional as F
 
 from ..basis_map import BasisWeightedMap
 from ..config import BaftConfig
+from ..distributed import Together
 from ..errors import BaftError, EditError
 from ..hooks import hook_block
 from ..models import find_blocks
 from ..stack import is_shared
 from ..tokenization import IGNORE_INDEX, pad_token_id
 from .batch import Batch, Results
-from .engine import Job, ReferenceEngine, Row, Surroundings, TrainedEdit, frozen
+from .engine import Job, ReferenceEngine, Row, Surroundings, TrainedEdit, frozen, watching
 from .head import Head
 from .memory import edit_bytes, free_bytes, out_of_memory
 from .stacked import signature
@@ -123,6 +125,19 @@ class FastEngine:
         """Train one edit."""
         return next(self.train_many([job], around))
 
+    def train_together(self, job: Job, around: Surroundings) -> TrainedEdit:
+        """Train one edit on all ranks of the process group at once; every rank gets the same result.
+
+        Raises:
+            EditError: a loss that is not finite, or another rank that failed.
+        """
+        together, rows = Together.of(job.rows)
+        results: Results = {}
+        self._train_stack({0: dataclasses.replace(job, rows=tuple(rows))}, around, results, together)
+        if isinstance(results[0], EditError):
+            raise results[0]
+        return results[0]
+
     def _stack_size(self, jobs: Sequence[Job]) -> int:
         """Edits of the size of the largest of ``jobs`` that fit into half of the free memory, at least one."""
         largest = max(jobs[: _WINDOW * self.most], key=lambda job: sum(len(row.ids) for row in job.rows))
@@ -142,16 +157,22 @@ class FastEngine:
 
     # ------------------------------------------------------------------------------------------ one stack
 
-    def _train_stack(self, jobs: Mapping[int, Job], around: Surroundings, results: Results) -> None:
+    def _train_stack(
+        self, jobs: Mapping[int, Job], around: Surroundings, results: Results, together: Together | None = None
+    ) -> None:
         """Train ``jobs``, by their numbers, and enter what comes of each in ``results``."""
         begin = time.perf_counter()
         with frozen(self.model):
             suffix = None
             if all(stackable(job.maps) for job in jobs.values()):
-                suffix = self.prepare([row for job in jobs.values() for row in job.rows])
+                with watching(together):
+                    suffix = self.prepare([row for job in jobs.values() for row in job.rows])
+            if together is not None and not together.all(suffix is not None):
+                suffix = None  # what one rank cannot do, none does
             if suffix is not None:
                 try:
-                    batch = Batch(jobs, suffix, self.config, self.layers, around, spent=time.perf_counter() - begin)
+                    spent = time.perf_counter() - begin
+                    batch = Batch(jobs, suffix, self.config, self.layers, around, spent=spent, together=together)
                     while batch.active:
                         results.update(batch.step())
                 except Exception as error:
@@ -162,7 +183,7 @@ class FastEngine:
         for i, job in jobs.items():
             if i not in results:
                 try:
-                    results[i] = self._reference.train(job, around)
+                    results[i] = self._reference.train(job, around, together)
                 except EditError as error:
                     results[i] = error
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hooks import hook_block
-from ..models import find_blocks
+from ..models import compute_device, find_blocks
 from ..tokenization import pad_rows, pad_token_id
 
 
@@ -36,7 +36,7 @@ def read_blocks(
     Returns:
         ``layer -> [(n_i, d)]``, fp32 on the CPU, in the order of ``rows``.
     """
-    blocks, device = find_blocks(model), next(model.parameters()).device
+    blocks, device = find_blocks(model), compute_device(model)
     found: dict[int, list[Tensor]] = {layer: [torch.empty(0)] * len(rows) for layer in layers}
     order = sorted(range(len(rows)), key=lambda i: max(columns[i]))
     modes = [(module, module.training) for module in model.modules()]

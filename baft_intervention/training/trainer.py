@@ -46,6 +46,10 @@ class BaftTrainer(ReftTrainer):
     (pyreft's parameter names are not the ones that the Trainer looks for, so it decays nothing); a gradient that does
     not depend on how a batch is split for accumulation, in transformers 4.45.1 too; position ids under left padding.
 
+    Under ``torchrun`` or ``accelerate launch`` the processes share each batch out (``DistributedDataParallel``), and a step is
+    that of one process with ``per_device_train_batch_size`` times their number, each target token counting alike. A data set
+    that is no multiple of this is filled up from its beginning, as the Trainer does it.
+
     Example::
 
         args = TrainingArguments("out", num_train_epochs=20, learning_rate=1e-2, per_device_train_batch_size=8)
@@ -62,7 +66,7 @@ class BaftTrainer(ReftTrainer):
             before the first step.
         used: ``layer -> (r,)`` use of the bases by earlier edits, for the load balancing.
         locality_coefficient, balance_coefficient: weights of :mod:`baft_intervention.losses`, training only. Under
-            accumulation both are averaged over the micro-batches by their tokens.
+            accumulation, and over processes, both are averaged over the micro-batches by their tokens.
         report_to: integrations to report to whatever ``args`` says: a name, names, ``"all"`` or ``"none"``.
         **kwargs: the Trainer's own: ``train_dataset``, ``eval_dataset``, ``data_collator``, ``callbacks``, …
 
@@ -95,6 +99,8 @@ class BaftTrainer(ReftTrainer):
         super().__init__(model=model, args=args, **kwargs)
         # transformers 4.46 and later then count the target tokens of an accumulated batch for compute_loss
         self.model_accepts_loss_kwargs = True
+        if self.args.world_size > 1 and hasattr(self.args, "average_tokens_across_devices"):
+            self.args.average_tokens_across_devices = True  # the gradient of one process on all that they read
         self.locality_coefficient, self.balance_coefficient = float(locality_coefficient), float(balance_coefficient)
         self._maps = {
             key: module.map
@@ -145,12 +151,14 @@ class BaftTrainer(ReftTrainer):
             return super().training_step(model, inputs, *args, **kwargs)
         # Before 4.46 nobody knows how many tokens an accumulated batch will have: keep the gradient the mean over the
         # tokens so far. The Trainer divides by the number of accumulation steps, which is undone in the share.
-        new = int(inputs["labels"].ne(IGNORE_INDEX).sum())
+        counted = inputs["labels"].ne(IGNORE_INDEX).sum()
+        everywhere: Any = self.accelerator.gather(counted.to(self.args.device).view(1))
+        own, new = int(counted), int(everywhere.sum())
         gradients = [p.grad for _, p in self._reft.named_parameters() if p.grad is not None]
         seen, mean = self._window if gradients else (0, torch.zeros((), device=self.args.device))
         for gradient in gradients:
             gradient.mul_(seen / (seen + new))
-        self._share = self.args.gradient_accumulation_steps * new / (seen + new)
+        self._share = self.args.gradient_accumulation_steps * self.args.world_size * own / (seen + new)
         try:
             so_far = mean * (seen / (seen + new)) + super().training_step(model, inputs)
         finally:
