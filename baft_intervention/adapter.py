@@ -355,6 +355,15 @@ class BaftAdapter:
             self.shared = before
             raise AdapterError(f"{where}{error}") from None
 
+    def _why_other(self, name: str) -> str:
+        """What is probably the matter with an adapter that has other tensors than ours."""
+        if ".shared." not in name and ".weighting." not in name:
+            return "the adapter is damaged or of other settings"
+        return (
+            f"the adapter has another form of the gate {self.config.weighting!r} than this version; "
+            f"{_MEND.format(made='the version that made it')}"
+        )
+
     def _try_network(self, layer: int) -> None:
         """Let the layer's network read something, so that shared tensors that do not fit together fail now, not in use."""
         network, h = self.network(layer), torch.zeros(1, self.embed_dim)
@@ -390,10 +399,10 @@ class BaftAdapter:
                 expected.update({f"layers.{layer}.edits.{n}": s for n, s in shapes.items()})
         optional = {n for n in expected if ".shared." in n} if not edits else set()
         for name in sorted(set(expected) - set(state) - optional):
-            raise AdapterError(f"{where}tensor {name!r} is missing; the adapter is damaged or of other settings")
+            raise AdapterError(f"{where}tensor {name!r} is missing; {self._why_other(name)}")
         for name, tensor in state.items():
             if name not in expected:
-                raise AdapterError(f"{where}unknown tensor {name!r}; the adapter is damaged or of other settings")
+                raise AdapterError(f"{where}unknown tensor {name!r}; {self._why_other(name)}")
             shape = expected[name]
             if tensor.dtype != torch.float32:
                 raise AdapterError(f"{where}tensor {name!r} is {tensor.dtype}; it must be float32")
@@ -415,6 +424,30 @@ class BaftAdapter:
                 else:
                     own[i][int(number)][rest] = row
         return shared, [_edit_from(summary, own[i], used[i], f"{where}edits[{i}]: ") for i, summary in enumerate(edits)]
+
+
+def check_layout(description: Mapping[str, Any], weighting: str, where: str) -> None:
+    """Whether the gate's tensors have the form that this version reads; an adapter of before the field was is let through.
+
+    Raises:
+        AdapterError: another form; the message says which, which is needed, and what to do.
+    """
+    found, needed = description.get("weighting_layout"), weighting_class(weighting).layout
+    if found is not None and found != needed:
+        raise AdapterError(
+            f"{where}the adapter has layout {found!r} of the gate {weighting!r}, and this version reads layout {needed}; "
+            f"{_MEND.format(made=made_by(description))}"
+        )
+
+
+def made_by(description: Mapping[str, Any]) -> str:
+    """The version that wrote an adapter, in words."""
+    versions = description.get("versions")
+    found = versions.get("baft_intervention") if isinstance(versions, Mapping) else None
+    return f"baft_intervention {found}" if found else "the version that made it"
+
+
+_MEND = "load it with {made}, or edit anew: its requests are in adapter.json under edits"
 
 
 def edits_state(edits: Sequence[Edit]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .adapter import BaftAdapter, Edit, edits_state
+from .adapter import BaftAdapter, Edit, check_layout, edits_state
 from .chat import is_conversation, render_chat, render_request
 from .config import BaftConfig
 from .distributed import from_main, gather, is_main, shard, unshard, world_size
@@ -42,6 +42,7 @@ from .tokenization import encode_prompt, pad_rows, pad_token_id
 from .training.bank import Bank, get_bank
 from .training.engine import Job, Surroundings, TrainedEdit, encode_request, make_engine
 from .training.start import make_jobs, shared_context
+from .weighting import weighting_class
 
 logger = logging.getLogger(__name__)
 _CHUNK = 64  # edits that are prepared and handed to the engine together
@@ -297,6 +298,7 @@ class BaftEditor:
         self.adapter.load_state(state, description["edits"], where)
 
     def _check_base(self, description: Mapping[str, Any], where: str) -> None:
+        check_layout(description, self.config.weighting, where)
         base = description["base_model"]
         for what, here in (("config_hash", config_hash(self.model)), ("fingerprint", model_fingerprint(self.model))):
             if base.get(what) != here:
@@ -334,6 +336,7 @@ class BaftEditor:
         }  # fmt: skip
         return {
             "base_model": base, "config": self.config.to_dict(), "layers": list(self.adapter.layers),
+            "weighting_layout": weighting_class(self.config.weighting).layout,
             "edits": [edit.summary() for edit in self.adapter.edits], "versions": library_versions(),
         }  # fmt: skip
 
@@ -363,7 +366,7 @@ class BaftEditor:
             raise
 
     def _keep(self, store: Store | MainStore) -> None:
-        if self._prepare() or store.fresh:
+        if self.prepare() or store.fresh:
             store.seal(self.adapter.state(), self._description())
         self._store = store
 
@@ -432,7 +435,7 @@ class BaftEditor:
         items = [requests] if isinstance(requests, EditRequest) else list(requests)
         items = [render_request(self.tokenizer, r) if isinstance(r, EditRequest) else r for r in items]
         self._check(items)
-        self._prepare()
+        self.prepare()
         replaced = self._superseded(items)
         groups = [tuple(items)] if self.config.allocation == "joint" else [(item,) for item in items]
         before, waiting = self.edits, _Waiting(replaced)
@@ -577,7 +580,7 @@ class BaftEditor:
         self._check_base(description, where)
         shared, theirs = self.adapter.read_state(state, description["edits"], where)
         if theirs:
-            self._prepare()
+            self.prepare()
             check_same_coordinates(self.adapter.shared, shared, where)
         coming, report = plan_merge(self.adapter, theirs, on_conflict)
         if self._store is not None and (coming or report.replaced):
@@ -614,8 +617,15 @@ class BaftEditor:
             if ids[item.id] > 1 or (item.id not in going and self.adapter.find(item.id) is not None):
                 raise RequestError(f"{item.where}: the id {item.id!r} is taken by another edit; choose another id")
 
-    def _prepare(self) -> bool:
-        """Fit what the edits of each layer share, before the first edit; whether that was to be done."""
+    def prepare(self) -> bool:
+        """Fit now what the edits of each layer share (the gates' measure of unrelated text), not at the first edit.
+
+        It belongs to the model and the settings, not to an edit: called beforehand, it keeps its seconds out of the first
+        edit's. Called again it does nothing.
+
+        Returns:
+            Whether there was anything to fit.
+        """
         fitted = False
         for layer in self.adapter.layers:
             network = self.adapter.network(layer)

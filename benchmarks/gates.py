@@ -66,7 +66,7 @@ def probe_part(editor: BaftEditor, path: Path, args: argparse.Namespace) -> dict
     adapter, layer = editor.adapter, editor.adapter.layers[0]
     read_layer = adapter.read_layer or 0
     requests = load_requests(path, seed=args.seed, limit=args.n).requests
-    editor._prepare()
+    editor.prepare()
     jobs = make_jobs(
         editor.model,
         editor.tokenizer,

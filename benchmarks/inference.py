@@ -85,7 +85,7 @@ def measure(
 ) -> dict[str, Any]:
     """Median times of each number of edits, and their ratios to the model without hooks."""
     plain = BaftEditor(model, tokenizer)
-    plain._prepare()  # what the gates share is a matter of the model
+    plain.prepare()  # what the gates share is a matter of the model
     plain.detach()
     groups = [list(PROMPTS[i : i + batch]) for i in range(0, len(PROMPTS), batch)]
     own = own_edits(plain)

@@ -221,6 +221,12 @@ def _write(name: str, data: bytes):
     return lambda place: (place / name).write_bytes(data)
 
 
+def _rename_gate(_description, state) -> None:
+    """As a gate of another version: its tensors have other names."""
+    for name in [name for name in state if ".edits.weighting." in name]:
+        state[f"{name}_of_before"] = state.pop(name)
+
+
 ROTATION = "layers.3.edits.rotation"
 SPOILED = {
     "truncated tensors": (_truncate("adapter.safetensors"), "adapter.safetensors is truncated or altered"),
@@ -253,6 +259,14 @@ SPOILED = {
         _describe(lambda d, s: s.update({"layers.1.edits.rotation": s[ROTATION].clone()}), seal=True),
         "unknown tensor 'layers.1.edits.rotation'",
     ),
+    "a gate of another form": (
+        _describe(_rename_gate, seal=True),
+        "is missing; the adapter has another form of the gate 'subject_relation'.*edit anew: its requests are in adapter.json",
+    ),
+    "another layout of the gate": (
+        _set("weighting_layout", 2),
+        "has layout 2 of the gate 'subject_relation', and this version reads layout 1; load it with baft_intervention 0.1.0",
+    ),
     "other layers": (_set("layers", [1]), "layers are .1., the settings say .3."),
     "an edit without requests": (_set("edits", [{}, {}]), r"edits\[0\]: "),
     "one edit for two": (
@@ -279,6 +293,12 @@ def test_a_spoiled_adapter_is_refused_and_nothing_is_loaded(copy, other, tower, 
     with unchanged(other), pytest.raises((AdapterError, ConfigError), match=message) as caught:
         other.load_adapter(copy)
     assert str(copy) in str(caught.value)
+
+
+def test_an_adapter_of_before_the_layout_was_written_is_read(copy, other):
+    _describe(lambda d, _state: d.pop("weighting_layout"), seal=True)(copy)
+    other.load_adapter(copy)
+    assert len(other.edits) == 2
 
 
 @pytest.mark.parametrize("how", ["weights", "sizes", "architecture"])

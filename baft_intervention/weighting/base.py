@@ -66,6 +66,8 @@ class WeightingNetwork(nn.Module):
         reads_subject: whether :meth:`evidence` of an earlier layer, the read layer, enters :meth:`match`.
         reads_answer: whether :meth:`mention` tells where the edit's answer is named: what is answered is not asked.
         shared: names of submodules that all edits of a layer have in common.
+        layout: number of the form that its saved tensors have; raise it where their names, shapes or meaning change, so that
+            adapters of before are refused with a reason.
     """
 
     routed: ClassVar[bool] = False
@@ -73,6 +75,7 @@ class WeightingNetwork(nn.Module):
     reads_subject: ClassVar[bool] = False
     reads_answer: ClassVar[bool] = False
     shared: ClassVar[tuple[str, ...]] = ()
+    layout: ClassVar[int] = 1
     read_depth: float = 0.0
 
     def __init__(self, embed_dim: int, rank: int):

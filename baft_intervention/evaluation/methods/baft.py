@@ -15,7 +15,6 @@ from ...requests import EditRequest
 from ..edited import EditCost, EditedModel
 from .base import Method, as_edit_error, register_method
 
-
 # settings that are younger than results that are kept: at their defaults a run is the same as before there were any, and can
 # be gone on with
 _LATER = ("augmentations", "bases")
@@ -58,7 +57,7 @@ class _BaftModel(EditedModel):
     def __init__(self, config: BaftConfig, model: Any, tokenizer: Any) -> None:
         super().__init__(model, tokenizer)
         self.editor = BaftEditor(model, tokenizer, config)
-        self.editor._prepare()  # the bank is a matter of the model, not of the first edit
+        self.editor.prepare()  # the bank is a matter of the model, not of the first edit
         adapter = self.editor.adapter
         # a gate that reads an early block must see it computed; the block just below may be given, see resume_at
         hooked = [*adapter.layers, *([] if adapter.read_layer is None else [adapter.read_layer])]
