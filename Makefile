@@ -1,6 +1,7 @@
 # make demo      set up, then edit three facts in a real language model
 # make test      set up, then lint, types, and all tests but those marked long
 # make test-pin  the quick tests on transformers 4.45.1, pyreft's own pin, in a second environment
+# make test-python VERSION=3.12  the quick tests on another Python (python3.12 must be on the PATH), in an environment of its own
 # make lint      ruff and pyright alone
 # make docs      build the reference of every module into build/reference
 # make wheel     build the wheel and try it in a fresh environment without pyreft, outside the tree
@@ -24,7 +25,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 PIP_FLAGS := -qq --no-input --no-compile $(PIP_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-pin demo test test-pin lint format docs wheel clean
+.PHONY: help setup setup-pin demo test test-pin test-python lint format docs wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -69,6 +70,10 @@ test: lint
 test-pin: $(PIN_READY)
 	$(PIN)/bin/python -m pytest -m "pin or (not slow and not long)" $(PYTEST_ARGS)
 
+test-python:
+	$(MAKE) setup VENV=.venv-$(VERSION) PYTHON=python$(VERSION)
+	.venv-$(VERSION)/bin/python -m pytest -m "not slow and not long" $(PYTEST_ARGS)
+
 docs: $(READY)
 	$(VENV)/bin/python docs/reference.py
 
@@ -82,5 +87,5 @@ wheel: $(READY)
 	@ls -l dist
 
 clean:
-	rm -rf $(VENV) $(PIN) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PIN) .venv-3.* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

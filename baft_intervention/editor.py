@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import tempfile
@@ -18,15 +17,16 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .adapter import BaftAdapter, Edit, check_layout, edits_state
-from .chat import is_conversation, render_chat, render_request
+from .adapter import BaftAdapter, Edit, edits_state
+from .belonging import check_base, check_settings
+from .chat import render_request
 from .config import BaftConfig
 from .distributed import from_main, gather, is_main, shard, unshard, world_size
 from .errors import AdapterError, ConfigError, EditError, RequestError, StoreError
+from .generation import generate_texts
 from .hub import CARD, fetched_adapter, is_repo_id, model_card, push_folder
 from .merge import MergeReport, OnConflict, check_same_coordinates, plan_merge
 from .models import (
-    compute_device,
     config_hash,
     context_length,
     give_pad_token,
@@ -38,7 +38,6 @@ from .requests import EditRequest
 from .stack import is_shared
 from .storage import DESCRIPTION, library_versions, read_directory
 from .store import MainStore, Store, open_store, write_directory
-from .tokenization import encode_prompt, pad_rows, pad_token_id
 from .training.bank import Bank, get_bank
 from .training.engine import Job, Surroundings, TrainedEdit, encode_request, make_engine
 from .training.start import make_jobs, shared_context
@@ -189,7 +188,7 @@ class BaftEditor:
                     store.path, name, None, model=None if model is None else os.fspath(model), store=store, **given
                 )
                 if config is not None:
-                    _check_settings(editor.config, config, name)
+                    check_settings(editor.config, config, name)
                     editor.config = config
             elif model is None:
                 raise ConfigError(f"{name} holds no adapter yet; say which model is to be edited, e.g. 'smollm2-135m'")
@@ -284,7 +283,7 @@ class BaftEditor:
         """
         state, description = from_main(lambda: read_directory(path))
         before = self.adapter.shared, self.edits
-        _check_settings(BaftConfig.from_dict(description["config"], where=f"{path}: "), self.config, os.fspath(path))
+        check_settings(BaftConfig.from_dict(description["config"], where=f"{path}: "), self.config, os.fspath(path))
         self._take(state, description, f"{os.fspath(path)}: ")
         try:
             self.compact()
@@ -294,23 +293,8 @@ class BaftEditor:
             raise
 
     def _take(self, state: Mapping[str, Any], description: Mapping[str, Any], where: str) -> None:
-        self._check_base(description, where)
+        check_base(description, self.adapter, where)
         self.adapter.load_state(state, description["edits"], where)
-
-    def _check_base(self, description: Mapping[str, Any], where: str) -> None:
-        check_layout(description, self.config.weighting, where)
-        base = description["base_model"]
-        for what, here in (("config_hash", config_hash(self.model)), ("fingerprint", model_fingerprint(self.model))):
-            if base.get(what) != here:
-                reason = "architecture" if what == "config_hash" else "weights"
-                raise AdapterError(
-                    f"{where}the adapter was made for {base.get('name')!r} ({base.get('dtype')}), and this model's "
-                    f"{reason} are not the same ({what} {str(base.get(what))[:12]} against {here[:12]}); nothing was loaded"
-                )
-        if list(description["layers"]) != list(self.adapter.layers):
-            raise AdapterError(
-                f"{where}layers are {description['layers']}, the settings say {list(self.adapter.layers)}"
-            )
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> Path:
         """Write the edits to a folder (``adapter.safetensors`` and ``adapter.json``), atomically.
@@ -576,8 +560,8 @@ class BaftEditor:
         """
         state, description = from_main(lambda: read_directory(path))
         where = f"{os.fspath(path)}: "
-        _check_settings(BaftConfig.from_dict(description["config"], where=where), self.config, os.fspath(path))
-        self._check_base(description, where)
+        check_settings(BaftConfig.from_dict(description["config"], where=where), self.config, os.fspath(path))
+        check_base(description, self.adapter, where)
         shared, theirs = self.adapter.read_state(state, description["edits"], where)
         if theirs:
             self.prepare()
@@ -663,7 +647,6 @@ class BaftEditor:
 
     # ------------------------------------------------------------------------------------------ asking
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: str | Sequence[str | Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]],
@@ -689,35 +672,7 @@ class BaftEditor:
         Raises:
             RequestError: a prompt that the tokenizer makes no token of, or that is too long for the model.
         """
-        single = isinstance(prompts, str) or is_conversation(prompts)
-        items: list[Any] = [prompts] if single else list(prompts)
-        texts = [item if isinstance(item, str) else render_chat(self.tokenizer, item) for item in items]
-        options = {"do_sample": False, **options}
-        if not options["do_sample"]:  # a model's own sampling settings only draw warnings in greedy search
-            options = {"temperature": None, "top_p": None, "top_k": None, **options}
-        several = options.get("num_return_sequences") or 1
-        answers: list[Any] = []
-        device, context = compute_device(self.model), context_length(self.model)
-        for begin in range(0, len(texts), batch_size):
-            rows = [encode_prompt(self.tokenizer, text) for text in texts[begin : begin + batch_size]]
-            if context and (longest := max(map(len, rows))) + max_new_tokens > context:
-                raise RequestError(
-                    f"a prompt of {longest} tokens and {max_new_tokens} new ones, but the model reads {context}; shorten the "
-                    "prompt, or lower max_new_tokens"
-                )
-            ids, mask = pad_rows(rows, pad_token_id(self.tokenizer), side="left")
-            with self.adapter.prompts([len(row) for row in rows]):
-                out = self.model.generate(
-                    input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max_new_tokens,
-                    pad_token_id=pad_token_id(self.tokenizer), **options,
-                )  # fmt: skip
-            sequences = getattr(out, "sequences", out)
-            decoded = self.tokenizer.batch_decode(sequences[:, ids.shape[1] :], skip_special_tokens=True)
-            if several > 1:
-                answers += [decoded[i : i + several] for i in range(0, len(decoded), several)]
-            else:
-                answers += decoded
-        return answers[0] if single else answers
+        return generate_texts(self.adapter, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, **options)
 
 
 class _Waiting:
@@ -739,20 +694,3 @@ class _Waiting:
                 if not self._left[name]:
                     gone.append(name)
         return gone
-
-
-def _check_settings(theirs: BaftConfig, ours: BaftConfig, where: str) -> None:
-    """Refuse an adapter whose tensors mean something else with our settings."""
-    for field in dataclasses.fields(BaftConfig):
-        if getattr(theirs, field.name) != getattr(ours, field.name) and field.name not in _TRAINING_ONLY:
-            raise AdapterError(
-                f"{where}: the adapter has {field.name} = {getattr(theirs, field.name)!r}, this editor "
-                f"{getattr(ours, field.name)!r}; load it with BaftEditor.from_pretrained"
-            )
-
-
-# settings that only training reads: an adapter made with others answers the same
-_TRAINING_ONLY = {
-    "learning_rate", "weight_decay", "steps", "loss_target", "append_eos", "locality_coefficient", "balance_coefficient",
-    "bank_size", "max_grad_norm", "seed", "engine", "init", "allocation", "schedule", "bases",
-}  # fmt: skip
