@@ -21,6 +21,7 @@ Allocation = Literal["per_edit", "joint"]
 Bases = Literal["free", "orthogonal"]
 Engine = Literal["auto", "reference"]
 Init = Literal["identity", "random"]
+Order = Literal["auto", "depth", "breadth"]
 Schedule = Literal["linear", "constant"]
 
 # layer 27 of 30 on SmolLM2: of 20, 25 and 27 the edits there generalise best on the validation parts (docs/tradeoff.md)
@@ -46,6 +47,11 @@ class BaftConfig:
         weighting_options: its keyword arguments.
         allocation: ``per_edit`` gives every request bases of its own (``undo`` is exact); ``joint`` trains all requests
             of one call in one set of bases, as the paper's batched editing does.
+        order: of the requests of one call. ``depth``: each is trained to its end before the next, a true stream. ``breadth``: all
+            together. ``auto``: together where that is the same (edits that compete) or asked for (``joint``), else (edits that
+            add up) one after another. With ``joint`` bases, depth-first forgets: the last request is what was trained last.
+        batch_size: requests a step of ``joint`` breadth-first training (augmentations count as requests); 0 for all.
+        epochs: passes over the mini-batches, a step on each; 0 for as many as ``steps`` allows.
         bases: ``free`` lets each edit find its own; ``orthogonal`` allots them: to the earlier edits' bases orthogonal while
             ``rank`` times the number of edits is at most the hidden size, then along the least used directions (see
             :mod:`~baft_intervention.allotment`). Later edits then depend on which are there.
@@ -75,6 +81,9 @@ class BaftConfig:
     weighting: str = "subject_relation"
     weighting_options: Mapping[str, Any] = field(default_factory=dict)
     allocation: Allocation = "per_edit"
+    order: Order = "auto"
+    batch_size: int = 0
+    epochs: int = 0
     bases: Bases = "free"
     init: Init = "random"
     learning_rate: float = 2e-2
@@ -94,7 +103,8 @@ class BaftConfig:
     def __post_init__(self) -> None:
         _whole(self, "rank", 1)
         _whole(self, "steps", 1)
-        _whole(self, "bank_size", 0)
+        for name in ("bank_size", "batch_size", "epochs"):
+            _whole(self, name, 0)
         _whole(self, "augmentations", 0, MOST_AUGMENTATIONS)
         _whole(self, "seed", 0, MOST_SEED)
         _real(self, "learning_rate", 0.0, open_low=True)
@@ -103,6 +113,7 @@ class BaftConfig:
             _real(self, name, 0.0)
         _choice(self, "allocation", get_args(Allocation))
         _choice(self, "bases", get_args(Bases))
+        _choice(self, "order", get_args(Order))
         _choice(self, "init", get_args(Init))
         _choice(self, "schedule", get_args(Schedule))
         _choice(self, "engine", get_args(Engine))
@@ -134,6 +145,23 @@ class BaftConfig:
             raise ConfigError(
                 f"allocation is 'joint', but the edits of weighting {self.weighting!r} compete one by one; "
                 "use 'per_edit', or a weighting whose updates add up, e.g. 'linear'"
+            )
+
+        if self.batch_size and (self.allocation != "joint" or self.order == "depth"):
+            raise ConfigError(
+                f"batch_size is {self.batch_size}, but mini-batches are of requests that share bases and are trained together; "
+                "use allocation 'joint' with order 'breadth' or 'auto', or batch_size 0"
+            )
+        if self.epochs and not self.batch_size:
+            raise ConfigError(
+                f"epochs is {self.epochs}, but there are no mini-batches to pass over; give batch_size too"
+            )
+        apart = not weighting_class(self.weighting).routed or self.bases == "orthogonal"
+        if self.order == "breadth" and self.allocation == "per_edit" and apart:
+            reason = f"weighting {self.weighting!r} add up" if self.bases == "free" else "bases 'orthogonal' take turns"
+            raise ConfigError(
+                f"order is 'breadth', but the edits of {reason} and are trained on what the earlier ones left; use 'depth', or "
+                "allocation 'joint' with a weighting whose updates add up"
             )
 
     @property

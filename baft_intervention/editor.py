@@ -485,7 +485,7 @@ class BaftEditor:
 
         Those that add up train on top of each other, and those that take turns at the directions of a layer one after another.
         """
-        return self.adapter.routed and self.config.bases != "orthogonal"
+        return self.adapter.routed and self.config.bases != "orthogonal" and self.config.order != "depth"
 
     def _jobs(self, groups: Sequence[Sequence[EditRequest]]) -> list[Job]:
         return make_jobs(

@@ -29,6 +29,7 @@ from ..tokenization import IGNORE_INDEX, encode_pair, pad_rows, pad_token_id
 
 if TYPE_CHECKING:
     from .fast import FastEngine
+    from .joint import JointEngine
 
 logger = logging.getLogger(__name__)
 
@@ -337,19 +338,22 @@ def use_of(weights: Tensor, together: Together | None) -> Tensor:
 
 def make_engine(
     model: nn.Module, tokenizer: Any, config: BaftConfig, layers: Sequence[int]
-) -> ReferenceEngine | FastEngine:
+) -> ReferenceEngine | FastEngine | JointEngine:
     """The engine that ``config.engine`` names: ``reference``, or for ``auto`` the fast one where it can be.
 
-    A model that is not in one piece on one device is trained by the reference, which calls it as a user would.
+    A model that is not in one piece on one device is trained by the reference, which calls it as a user would. Joint requests
+    in an order, or in mini-batches, have an engine of their own above it.
     """
+    from .fast import FastEngine  # they build on this module
+    from .joint import JointEngine
+
     reason = "" if config.engine == "reference" else spread(model)
     if reason:
         logger.warning("%s: %s; edits are trained by whole calls of it, not by the fast engine", _name(model), reason)
-    if reason or config.engine == "reference":
-        return ReferenceEngine(model, tokenizer, config, layers)
-    from .fast import FastEngine  # it builds on this module
-
-    return FastEngine(model, tokenizer, config, layers)
+    kind = ReferenceEngine if reason or config.engine == "reference" else FastEngine
+    engine = kind(model, tokenizer, config, layers)
+    in_order = config.allocation == "joint" and (config.order == "depth" or config.batch_size)
+    return JointEngine(engine) if in_order else engine
 
 
 def _name(model: nn.Module) -> str:

@@ -303,7 +303,9 @@ def test_hook_and_module_are_pyrefts_model(name, tokenizer):
 
 
 def test_a_run_without_a_younger_setting_is_the_run_from_before_there_was_one():
-    assert not {"bases", "augmentations"} & set(make_method("baft", {"config": {}}).settings()["config"])
+    assert not {"bases", "augmentations", "order", "batch_size", "epochs"} & set(
+        make_method("baft", {"config": {}}).settings()["config"]
+    )
     assert "bases" not in make_method("baft", {"config": {"bases": "free"}}).settings()["config"]
     assert make_method("baft", {"config": {"bases": "orthogonal"}}).settings()["config"]["bases"] == "orthogonal"
     assert make_method("baft", {"config": {}}).settings()["config"]["rank"] == 12

@@ -1,0 +1,202 @@
+"""One set of bases for many requests: depth-first, one request after another, or breadth-first, in mini-batches over epochs.
+
+Edits with bases of their own do not need it: trained alone or side by side, one after another or all at once, each is the same.
+Requests that share bases do. *Depth-first* is a stream whose later requests nobody knows yet: each is trained to its end in the
+bases that the earlier ones have left, with a fresh optimiser, and none is looked at again; the later ones cost the earlier ones
+their answers. *Breadth-first* all requests are at hand: they are dealt into mini-batches once, by the edit's seed, and an epoch
+is a step on each of them, in an order of its own. Without mini-batches all requests are in every step; that is the engines' own
+work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..basis_map import BasisWeightedMap
+from ..hooks import hook_block
+from ..losses import balance_loss, locality_loss
+from ..models import compute_device
+from ..tokenization import pad_rows, pad_token_id
+from .engine import Job, ReferenceEngine, Row, Surroundings, TrainedEdit, check_loss, edit_seed, frozen, map_tensors
+from .suffix import Changes, Suffix
+
+_KEPT = 1024  # rows whose unedited part is kept from one epoch to the next; of more it is computed again
+_AT_ONCE = 32  # rows that are looked at together
+
+
+class JointEngine:
+    """Trains joint edits in the order that ``engine.config`` names; see the module.
+
+    Args:
+        engine: of either kind; it takes the steps of depth-first training, and of breadth-first what lies below the edit.
+    """
+
+    def __init__(self, engine: Any):
+        self.engine, self.config, self.layers = engine, engine.config, engine.layers
+
+    def train_many(self, jobs: Sequence[Job], around: Surroundings) -> Any:
+        """Train one job after another and yield their results in order."""
+        for job in jobs:
+            yield self.train(job, around)
+
+    def train_together(self, job: Job, around: Surroundings) -> TrainedEdit:
+        """The same on each rank of a process group: every step depends on the one before it."""
+        return self.train(job, around)
+
+    def train(self, job: Job, around: Surroundings) -> TrainedEdit:
+        """Train one joint group of requests.
+
+        Raises:
+            EditError: a loss that is not finite.
+        """
+        begin = time.perf_counter()
+        with frozen(self.engine.model):
+            steps = self._depth(job, around) if self.config.order == "depth" else self._breadth(job, around)
+            loss, reached, used = self._look(job, self._pieces(job, self.config.batch_size or _AT_ONCE), around)
+            check_loss(loss, steps, job, self.config)
+        tensors = {layer: map_tensors(module) for layer, module in job.maps.items()}
+        return TrainedEdit(tensors, used, loss, steps, time.perf_counter() - begin, reached)
+
+    def _depth(self, job: Job, around: Surroundings) -> int:
+        """Each request, with its augmentations, to its end; the steps of all."""
+        steps, plain = 0, [i for i, request in enumerate(job.requests) if not request.messages]
+        more = (len(job.rows) - len(job.requests)) // max(1, len(plain))
+        owners = [*range(len(job.requests)), *(i for i in plain for _ in range(more))]
+        for i, request in enumerate(job.requests):
+            own = tuple(row for row, owner in zip(job.rows, owners, strict=True) if owner == i)
+            steps += self.engine.train(Job((request,), own, job.maps), around).steps  # the maps are trained in place
+        return steps
+
+    def _breadth(self, job: Job, around: Surroundings) -> int:
+        generator = torch.Generator().manual_seed(edit_seed(self.config.seed, job.requests))
+        pieces = self._pieces(job, self.config.batch_size, generator)
+        most = self.config.epochs * len(pieces) or self.config.steps
+        config = dataclasses.replace(self.config, steps=most)  # the rate falls over all of them
+        parameters = [p for m in job.maps.values() for p in m.parameters() if p.requires_grad]
+        optimiser = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        step = 0
+        while step < most:
+            total, all_hit = 0.0, True
+            for number in torch.randperm(len(pieces), generator=generator).tolist()[: most - step]:
+                with torch.enable_grad():
+                    loss, hits, weights = self._loss(job, pieces[number](), around)
+                    penalty = self._penalty(job, weights, around)
+                check_loss(float(loss.detach()), step, job, config)
+                gradients = torch.autograd.grad(loss + penalty, parameters, allow_unused=True)
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.grad = gradient
+                torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+                optimiser.param_groups[0]["lr"] = config.rate_at(step)
+                optimiser.step()
+                step += 1
+                total, all_hit = total + float(loss.detach()) / len(pieces), all_hit and bool(hits.all())
+            if all_hit and total < config.loss_target:
+                loss, reached, _ = self._look(job, pieces, around)  # what was seen was seen before its step
+                if reached and loss < config.loss_target:
+                    break
+        return step
+
+    # ------------------------------------------------------------------------------------------ looking
+
+    def _pieces(
+        self, job: Job, size: int, generator: torch.Generator | None = None
+    ) -> list[Callable[[], tuple[Suffix, list[int]]]]:
+        """Mini-batches of rows, dealt by ``generator`` or in their order: each gives its suffix and the rows' numbers."""
+        count = len(job.rows)
+        dealt = list(range(count)) if generator is None else torch.randperm(count, generator=generator).tolist()
+        parts = [dealt[i : i + size] for i in range(0, count, size)]
+        kept: dict[int, Suffix] = {}
+
+        def piece(number: int) -> tuple[Suffix, list[int]]:
+            suffix = kept.get(number) or self._suffix([job.rows[i] for i in parts[number]])
+            if count <= _KEPT:
+                kept[number] = suffix
+            return suffix, parts[number]
+
+        return [lambda number=number: piece(number) for number in range(len(parts))]
+
+    def _suffix(self, rows: Sequence[Row]) -> Suffix:
+        found = None if isinstance(self.engine, ReferenceEngine) else self.engine.prepare(rows)
+        return _Whole(self.engine, rows) if found is None else found
+
+    def _loss(
+        self, job: Job, piece: tuple[Suffix, list[int]], around: Surroundings
+    ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+        """Mean loss over the rows of a piece, which target tokens are hit, and ``layer -> w (n, r)``."""
+        suffix, weights = piece[0], {}
+        places = [suffix.flat(i, c) for i, row in enumerate(suffix.rows) for c in row.positions]
+        index = torch.tensor(places, device=suffix.device)
+
+        def change(layer: int, module: BasisWeightedMap) -> Callable[[Tensor], Tensor]:
+            def apply(hidden: Tensor) -> Tensor:
+                here = index.to(hidden.device)
+                x = hidden[here].float()
+                delta, weights[layer] = module.to(hidden.device).update(x)
+                if layer in around.earlier:
+                    delta = delta + around.earlier[layer](x)
+                return hidden.index_put((here,), (x + delta).to(hidden.dtype))
+
+            return apply
+
+        losses, hits = suffix.losses({layer: change(layer, module) for layer, module in job.maps.items()})
+        return (losses * suffix.share).sum() / len(suffix.rows), hits, weights
+
+    def _penalty(self, job: Job, weights: dict[int, Tensor], around: Surroundings) -> Tensor | float:
+        config, total, device = self.config, 0.0, compute_device(self.engine.model)
+        for layer, module in job.maps.items():
+            if config.locality_coefficient and layer in around.bank:
+                bank = around.bank[layer].to(weights[layer].device)
+                total = total + config.locality_coefficient * locality_loss(module.weighting(bank)).to(device)
+            if config.balance_coefficient:
+                used = around.used.get(layer, torch.zeros(config.rank)).to(weights[layer].device)
+                total = total + config.balance_coefficient * balance_loss(weights[layer], used).to(device)
+        return total
+
+    @torch.no_grad()
+    def _look(
+        self, job: Job, pieces: Sequence[Callable], around: Surroundings
+    ) -> tuple[float, bool, dict[int, Tensor]]:
+        """Mean loss over all rows, whether all targets are reached, and the use of the bases; no step is taken."""
+        total, reached = 0.0, True
+        used = {layer: torch.zeros(self.config.rank) for layer in job.maps}
+        for piece in pieces:
+            suffix, rows = piece()
+            loss, hits, weights = self._loss(job, (suffix, rows), around)
+            total, reached = total + float(loss) * len(rows) / len(job.rows), reached and bool(hits.all())
+            used = {layer: own + weights[layer].sum(0).cpu() for layer, own in used.items()}
+        return total if math.isfinite(total) else math.nan, reached, used
+
+
+class _Whole(Suffix):
+    """The whole model at each step, as :class:`~.engine.ReferenceEngine` runs it."""
+
+    def __init__(self, engine: Any, rows: Sequence[Row]):
+        model, tokenizer = engine.model, engine.tokenizer
+        ids, mask = pad_rows([row.ids for row in rows], pad_token_id(tokenizer))
+        super().__init__(rows, ids.shape[1], compute_device(model))
+        self.model, self.blocks = model, engine.blocks
+        self.batch = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device), "use_cache": False}
+
+    def flat(self, row: int, column: int) -> int:
+        return row * self.width + column
+
+    def losses(self, changes: Changes) -> tuple[Tensor, Tensor]:
+        def on(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+            return lambda hidden: change(hidden.flatten(0, 1)).view_as(hidden)
+
+        handles = [hook_block(self.blocks[layer], on(change)) for layer, change in changes.items()]
+        try:
+            logits = self.model(**self.batch).logits
+        finally:
+            for handle in handles:
+                handle.remove()
+        chosen = logits.flatten(0, 1)[self.targets].float()  # (N, V)
+        return F.cross_entropy(chosen, self.labels, reduction="none"), chosen.argmax(-1) == self.labels
