@@ -15,6 +15,7 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 
 VENV := .venv
+NEWEST := constraints/newest.txt
 PIN := .venv-pin
 READY := $(VENV)/.ready
 PIN_READY := $(PIN)/.ready
@@ -36,7 +37,7 @@ setup-pin: $(PIN_READY)
 
 # $(call install,environment,list): torch with what its platform needs, the rest exactly as listed
 define install
-	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"Python {v[0]}.{v[1]} is too old for the pinned lists; PYTHON=python3.11")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or "$(2)".endswith("python3.10.txt") or sys.exit(f"Python {v[0]}.{v[1]} is too old for the pinned lists; PYTHON=python3.11")'
 	@echo "setting up $(1) from $(2); torch is the largest download" >&2
 	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 	@$(1)/bin/python -m pip install $(PIP_FLAGS) -c $(2) "$$(grep '^torch==' $(2))"
@@ -46,8 +47,8 @@ define install
 	@touch $@
 endef
 
-$(READY): constraints/newest.txt setup.cfg pyproject.toml
-	$(call install,$(VENV),constraints/newest.txt)
+$(READY): $(NEWEST) setup.cfg pyproject.toml
+	$(call install,$(VENV),$(NEWEST))
 
 $(PIN_READY): constraints/pyreft-pin.txt setup.cfg pyproject.toml
 	$(call install,$(PIN),constraints/pyreft-pin.txt)
@@ -71,7 +72,7 @@ test-pin: $(PIN_READY)
 	$(PIN)/bin/python -m pytest -m "pin or (not slow and not long)" $(PYTEST_ARGS)
 
 test-python:
-	$(MAKE) setup VENV=.venv-$(VERSION) PYTHON=python$(VERSION)
+	$(MAKE) setup VENV=.venv-$(VERSION) PYTHON=python$(VERSION) NEWEST=$(firstword $(wildcard constraints/python$(VERSION).txt) $(NEWEST))
 	.venv-$(VERSION)/bin/python -m pytest -m "not slow and not long" $(PYTEST_ARGS)
 
 docs: $(READY)
