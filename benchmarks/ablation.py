@@ -2,6 +2,10 @@
 
     python benchmarks/ablation.py --out benchmarks/results/ablation --n 40
     python benchmarks/ablation.py --out DIR --variants "default;cosine;no competitors"
+    python benchmarks/ablation.py --out DIR --stream --variants "default;orthogonal bases"
+
+With --stream, each variant edits the n ZsRE records one after another in one adapter, and all are asked when the last is in; a
+variant that was stopped begins again. Otherwise:
 
 Every variant edits the same n records of each part (see benchmarks/sweep.py; never a test record), one at a time. To each ZsRE and
 CounterFact record two prompts about the same subject and another relation are added (``same_subject``), in forms that the edit
@@ -16,6 +20,7 @@ import dataclasses
 import json
 import random
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from baft_intervention.errors import BaftError
 from baft_intervention.evaluation.aggregate import aggregate
+from baft_intervention.evaluation.edited import EditedModel
 from baft_intervention.evaluation.judge import judge
 from baft_intervention.evaluation.methods import make_method
 from baft_intervention.evaluation.priors import PriorStore, default_cache_folder
@@ -60,6 +66,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "augmented": ("baft", {"augmentations": 4}),
     "linear, augmented": ("baft", {"weighting": "linear", "locality_coefficient": 1.0, "augmentations": 4}),
 }
+# what means something only where an edit is beside others
+STREAMED = {"orthogonal bases": ("baft", {"bases": "orthogonal"})}
 # one setting over its range, the default's own value among them; drawn as plots
 SWEEPS: dict[str, tuple[Any, ...]] = {
     "layers": ((15,), (20,), (24,), (27,), (28,)),
@@ -89,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--variants", help=f"some of: {'; '.join(VARIANTS)} (comma-separated; names with commas quoted by ;)"
     )
     parser.add_argument("--n", type=int, default=40, help="records a part; default: 40")
+    parser.add_argument("--stream", action="store_true", help="ZsRE records in one adapter, asked when all are in")
     parser.add_argument("--seed", type=int, default=5, help="of the draw of records")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--data-dir", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "data")
@@ -96,6 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.stream:
+        VARIANTS.update(STREAMED)
     names = (
         [n.strip() for n in args.variants.split(";" if ";" in args.variants else ",")] if args.variants else [*VARIANTS]
     )
@@ -103,12 +114,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no variant {unknown[0]!r}; there are: {'; '.join(VARIANTS)}")
     args.out.mkdir(parents=True, exist_ok=True)
     try:
-        parts = {name: load_part(args, name) for name in PARTS_SHOWN}
+        parts = {name: load_part(args, name) for name in PARTS_SHOWN[: 1 if args.stream else None]}
         model, tokenizer = load_model(args.model)
         scorer = Scorer(model, tokenizer, cache=PriorStore(default_cache_folder()))
         scorer.prepare([r for part in parts.values() for r in part])
         for name in names:
-            run_variant(name, scorer, parts, args)
+            (run_stream if args.stream else run_variant)(name, scorer, parts, args)
     except (BaftError, OSError) as error:
         print(f"ablation.py: error: {error}", file=sys.stderr)
         return 2
@@ -152,15 +163,43 @@ def run_variant(
             for part, request in tqdm(work[len(done) :], desc=name):
                 edited.reset()
                 cost = edited.apply([request])
-                metrics, _ = judge(scorer.plan(request), scorer.score(edited, [request])[0])
-                metrics["same_subject"] = metrics.get("locality/same_subject")
-                if part in ("zsre", "counterfact"):
-                    metrics["locality"] = metrics.get("locality/neighborhood")
-                kept = {k: v for k, v in metrics.items() if k in SHOWN or k.startswith(("locality/", "portability/"))}
-                file.write(json.dumps({"part": part, "steps": cost.steps} | kept) + "\n")
+                file.write(
+                    json.dumps({"part": part, "steps": cost.steps} | asked(part, request, scorer, edited)) + "\n"
+                )
                 file.flush()
     finally:
         edited.restore()
+
+
+def run_stream(name: str, scorer: Scorer, parts: Mapping[str, Sequence[EditRequest]], args: argparse.Namespace) -> None:
+    """The variant's edits in one adapter; the records' ``seconds`` are the time of their edits."""
+    path = record_path(name, args)
+    if path.is_file():
+        return
+    method, config = VARIANTS[name]
+    edited = make_method(method, {"config": config} if method == "baft" else config)
+    edited, lines = edited.attach(scorer.model, scorer.tokenizer), []
+    try:
+        for part, requests in parts.items():
+            costs = []
+            for request in tqdm(requests, desc=name):
+                begin = time.perf_counter()
+                steps = edited.apply([request]).steps
+                costs.append({"part": part, "steps": steps, "seconds": round(time.perf_counter() - begin, 3)})
+            for request, cost in zip(requests, costs, strict=True):
+                lines.append(json.dumps(cost | asked(part, request, scorer, edited)) + "\n")
+    finally:
+        edited.restore()
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def asked(part: str, request: EditRequest, scorer: Scorer, edited: EditedModel) -> dict[str, float | None]:
+    """A record's metrics on the edited model."""
+    metrics, _ = judge(scorer.plan(request), scorer.score(edited, [request])[0])
+    metrics["same_subject"] = metrics.get("locality/same_subject")
+    if part in ("zsre", "counterfact"):
+        metrics["locality"] = metrics.get("locality/neighborhood")
+    return {k: v for k, v in metrics.items() if k in SHOWN or k.startswith(("locality/", "portability/"))}
 
 
 def write_table(args: argparse.Namespace) -> None:
