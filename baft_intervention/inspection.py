@@ -255,7 +255,7 @@ def _view(
     if adapter.read_layer is not None:
         early = seen[adapter.read_layer].cpu()
         each = network.evidence(early)  # (T,)
-        evidence = each.max()
+        evidence = network.of_prompt(early)
         if bool((each != 1.0).any()):  # 1 everywhere: the edit names no subject, so every prompt passes
             subject, subject_token = float(evidence), int(each.argmax())
             behind = network.mention(early)[subject_token + 1 :] if network.reads_answer else early.new_empty(0)

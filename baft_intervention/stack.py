@@ -23,31 +23,15 @@ _AT_ONCE = 1 << 22  # numbers of evidence that are held at a time
 _SMALLEST = 16  # rows that a stack begins with
 
 
-class _Match(nn.Module):
-    def __init__(self, network: WeightingNetwork):
+class _Question(nn.Module):
+    """A method of a weighting network as a module, for :func:`functional_call`."""
+
+    def __init__(self, network: WeightingNetwork, name: str):
         super().__init__()
-        self.network = network
+        self.network, self.name = network, name
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.network.match(*inputs)
-
-
-class _Evidence(nn.Module):
-    def __init__(self, network: WeightingNetwork):
-        super().__init__()
-        self.network = network
-
-    def forward(self, h: Tensor) -> Tensor:
-        return self.network.evidence(h)
-
-
-class _Mention(nn.Module):
-    def __init__(self, network: WeightingNetwork):
-        super().__init__()
-        self.network = network
-
-    def forward(self, h: Tensor) -> Tensor:
-        return self.network.mention(h)
+        return getattr(self.network, self.name)(*inputs)
 
 
 def is_shared(network: WeightingNetwork, name: str) -> bool:
@@ -105,8 +89,9 @@ class WeightingStack:
     """
 
     def __init__(self, network: WeightingNetwork, state: Mapping[str, Tensor]):
-        self.network, self._match = network, _Match(network)
-        self._evidence, self._mention = _Evidence(network), _Mention(network)
+        self.network = network
+        asked = (_Question(network, name) for name in ("match", "evidence", "mention", "parts", "whole"))
+        self._match, self._evidence, self._mention, self._parts, self._whole = asked
         self._shared = {n: t for n, t in network.state_dict().items() if is_shared(network, n)}
         self.set_state(state)
 
@@ -142,6 +127,19 @@ class WeightingStack:
         state = self.picked(index)
         evidence = self._vmap(self._evidence, state, "network.", (x,), (None,))
         return evidence, self._vmap(self._mention, state, "network.", (x,), (None,))
+
+    def whole(self, index: Tensor, x: Tensor, row: Tensor, best: Tensor) -> Tensor:
+        """Of the edits ``index (K,)`` alone the evidence of whole prompts, see :meth:`WeightingNetwork.whole`: ``(K, B)``.
+
+        Args:
+            x, row: ``(P, d)`` tokens and the prompt of each, ``(P,)``.
+            best: ``(K, B)`` the largest evidence of a prompt's tokens.
+        """
+        state = self.picked(index)
+        each = self._vmap(self._parts, state, "network.", (x,), (None,))  # (K, P, k)
+        parts = each.new_full((*best.shape, each.shape[-1]), -1.0)
+        parts.scatter_reduce_(1, row[None, :, None].expand_as(each), each, "amax", include_self=True)  # (K, B, k)
+        return self._vmap(self._whole, state, "network.", (best, parts), (0, 0))
 
     def picked(self, index: Tensor) -> dict[str, Tensor]:
         """State of the edits ``index (P,)``: ``name -> (P, ...)``."""
@@ -218,11 +216,13 @@ class EditStack:
         for tokens, own in zip(x.split(piece), row.split(piece), strict=True):
             each = self.weighting.evidence(tokens)  # (E, p)
             best.scatter_reduce_(1, own.expand_as(each), each, "amax", include_self=True)
-        if not self.weighting.network.reads_answer:
-            return best
-        # edits whose subject is named: few. An edit without a subject has an evidence of 1 everywhere
+        # edits whose subject may be named: few. An edit without a subject has an evidence of 1 everywhere
         named = ((best > 0) & (best < 1)).any(1).nonzero().flatten()  # (K,)
-        if len(named):
+        if not len(named):
+            return best
+        some = best[named]
+        best[named] = torch.where(some > 0, self.weighting.whole(named, x, row, some), some)
+        if self.weighting.network.reads_answer:
             subject, answer = self.weighting.evidence_and_mention(named, x)  # (K, P) each
             width = int(column.max()) + 1
             where = torch.full((len(named), rows, width), -2.0, device=x.device)

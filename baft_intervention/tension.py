@@ -184,8 +184,9 @@ def edit_coordinates(editor: BaftEditor, edit: Edit, read: Readings) -> Tensor:
     layer = the_layer(editor)
     tensors, network = edit.tensors[layer], edit_network(editor.adapter, layer, edit)
     if network.reads_subject:
-        best = [network.evidence(x).cummax(0).values for x in read.early]  # what the text up to each token has shown
-        evidence = torch.cat([x[list(at)] for x, at in zip(best, read.columns, strict=True)])
+        # what the text up to each token has shown
+        shown = [network.of_prompt(x[: c + 1]) for x, at in zip(read.early, read.columns, strict=True) for c in at]
+        evidence = torch.stack(shown)
         weights = network(read.x, evidence)  # (n, r)
     else:
         weights = network(read.x)

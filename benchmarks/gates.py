@@ -91,7 +91,7 @@ def probe_part(editor: BaftEditor, path: Path, args: argparse.Namespace) -> dict
         for probe, tokens, last in zip(probes, early, late, strict=True):
             own, nearest = network.similarities(last)
             answer = {
-                "subject": float(network.evidence(tokens).max()),
+                "subject": float(network.of_prompt(tokens)),
                 "relation": float(own),
                 "nearest": float(nearest),
             }

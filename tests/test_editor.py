@@ -10,7 +10,7 @@ import torch
 from baft_intervention.editor import BaftEditor
 from baft_intervention.errors import BaftError, ConfigError, EditError, PositionError, RequestError
 from baft_intervention.hooks import hook_block
-from baft_intervention.positions import prompt_positions
+from baft_intervention.positions import PositionRule, prompt_positions
 from baft_intervention.requests import EditRequest
 from baft_intervention.tokenization import encode_prompt
 from edits import (
@@ -458,3 +458,18 @@ def test_a_real_model_changes_its_mind_and_back(smollm2, tmp_path):
         editor.detach()
     assert digest(model) == weights
     assert hooks(model) == {}
+
+
+def test_a_subject_of_several_tokens_is_known_by_all_of_them(editor):
+    editor.edit(FACTS)
+    for edit in editor.edits:
+        tensors = next(iter(edit.tensors.values()))
+        [request] = edit.requests
+        ids = encode_prompt(editor.tokenizer, request.prompt)
+        rule = PositionRule("subject_all")
+        tokens = len(prompt_positions(rule, editor.tokenizer, request.prompt, ids, request.subject))
+        used = tensors["weighting.part_share"].nonzero().flatten().tolist()
+        assert used == list(range(min(tokens - 1, 8)))
+        assert tensors["weighting.part_share"].sum() == pytest.approx(float(tokens > 1))
+        keys = tensors["weighting.part_keys"].norm(dim=-1)
+        assert torch.allclose(keys, (tensors["weighting.part_share"] > 0).float(), atol=1e-5)

@@ -177,3 +177,40 @@ def test_the_maps_of_edits_that_compete_are_not_copied() -> None:
     tensors[2]["source_bias"].sub_(1.0)
     after = stack.update(x)
     assert (before != after).any(1).tolist() == [False, False, True, False, False]
+
+
+def named(count: int, words: int) -> list[BasisWeightedMap]:
+    """Edits of the default gate whose subjects' tokens are random directions; ``words`` of them before the last."""
+    torch.manual_seed(3)
+    modules = []
+    for e in range(count):
+        module = BasisWeightedMap(D, R, weighting="subject_relation").requires_grad_(False)
+        network: Any = module.weighting
+        network.subject_key.copy_(torch.nn.functional.normalize(torch.randn(D), dim=0))
+        own = torch.nn.functional.normalize(torch.randn(words, D), dim=-1)
+        network.part_keys[:words] = own
+        network.part_share[:words] = 1 / max(words, 1)
+        network.subject_limit.fill_(0.3 if words else 0.6)
+        network.has_subject.fill_(0.0 if e == 0 else 1.0)
+        modules.append(module)
+    return modules
+
+
+@pytest.mark.parametrize("words", [0, 1, 3])
+def test_the_evidence_of_rows_is_that_of_each_prompt(words: int) -> None:
+    modules = named(6, words)
+    lengths = (4, 7, 2)
+    prompts = [torch.randn(n, D) for n in lengths]
+    networks: list[Any] = [module.weighting for module in modules]
+    prompts[0][1] = networks[2].subject_key * 5  # the last token alone
+    prompts[1][3] = networks[4].subject_key
+    prompts[1][:words] = networks[4].part_keys[:words]  # the whole name
+    row = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])
+    column = torch.cat([torch.arange(n) for n in lengths])
+    found = stack_of(modules).evidence_of_rows(torch.cat(prompts), row, column, len(prompts))
+    expected = torch.stack([torch.stack([network.of_prompt(x) for x in prompts]) for network in networks])
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert found[4, 1] > 0.3
+    if words != 1:  # of two words the other one's direction decides
+        assert (found[2, 0] > 0) == (words == 0)  # a name of several words is not there with its last
+    assert (found[0] == 1).all()  # an edit without a subject asks for none

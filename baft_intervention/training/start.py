@@ -117,15 +117,15 @@ def edit_contexts(
         for request, row in zip(job.requests, job.rows, strict=True):
             prompt_ids = row.ids[: row.prompt_length]
             try:
-                position = prompt_positions(_SUBJECT, tokenizer, request.prompt, prompt_ids, request.subject)
+                span = prompt_positions(_SUBJECT_ALL, tokenizer, request.prompt, prompt_ids, request.subject)
             except PositionError:
                 asked[-1] = []
                 break
             asked[-1].append(len(rows))
-            # the subject's end, and the answer's
+            # the subject's tokens, and the answer's end
             last = max(i for i, label in enumerate(row.labels) if label not in (IGNORE_INDEX, tokenizer.eos_token_id))
             rows.append(row.ids)
-            columns.append([*position, last])
+            columns.append([*span, last])
             opening = f"{request.subject} is"
             ids = encode_prompt(tokenizer, opening)
             rows.append(ids)
@@ -147,16 +147,17 @@ def edit_contexts(
             continue
         # whatever is said to a chat model, its last token is the template's: near it, as the rewordings of a question are
         question = all(bool(r.messages) or r.prompt.rstrip().endswith("?") for r in job.requests)
-        subject = torch.cat([found[read_layer][i][:-1] for i in first])  # (n, d)
+        subject = torch.cat([found[read_layer][i][-2:-1] for i in first])  # (n, d)
+        name = found[read_layer][first[0]][:-2] if len(first) == 1 else None  # (m, d)
         answer = torch.cat([found[read_layer][i][-1:] for i in first])  # (n, d)
         # only a subject that is a single first token looks different there; a longer one ends on its usual token
         start = torch.cat([found[read_layer][i + 1] * float(columns[i + 1] == [0]) for i in first])  # (n, d)
         per_layer = {}
         for layer in layers:
             about = torch.stack([torch.cat(found[layer][i + 2 : i + 2 + len(CENTRE_RELATIONS)]) for i in first])
-            per_layer[layer] = EditContext(subject, start, about, bank.unrelated[read_layer], question, answer)
+            per_layer[layer] = EditContext(subject, start, about, bank.unrelated[read_layer], question, answer, name)
         contexts.append(per_layer)
     return contexts
 
 
-_SUBJECT = PositionRule("subject")
+_SUBJECT, _SUBJECT_ALL = PositionRule("subject"), PositionRule("subject_all")

@@ -46,6 +46,7 @@ class EditContext:
         subject_bank: ``(N, d)`` unrelated representations at the read layer.
         question: whether every prompt is a question.
         answer: ``(n, d)`` representations at the read layer of the target's last token, behind the prompt.
+        name: ``(m, d)`` representations at the read layer of the subject's tokens before its last; None for several requests.
     """
 
     subject: Tensor
@@ -54,6 +55,7 @@ class EditContext:
     subject_bank: Tensor
     question: bool = False
     answer: Tensor | None = None
+    name: Tensor | None = None
 
 
 class WeightingNetwork(nn.Module):
@@ -91,8 +93,24 @@ class WeightingNetwork(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} is not routed: it has no match")
 
     def evidence(self, h: Tensor) -> Tensor:
-        """``h (..., d)`` at the read layer -> ``(...,)``; its largest value over a prompt enters :meth:`match`."""
+        """``h (..., d)`` at the read layer -> ``(...,)``: above 0 where the token may end the subject.
+
+        Its largest value over a prompt enters :meth:`match`, where it is above 0 by way of :meth:`whole`.
+        """
         raise NotImplementedError(f"{type(self).__name__} reads no subject")
+
+    def parts(self, h: Tensor) -> Tensor:
+        """``h (..., d)`` at the read layer -> ``(..., k)``: how well the token fits each of the subject's other tokens."""
+        return h.new_zeros(*h.shape[:-1], 0)
+
+    def whole(self, evidence: Tensor, parts: Tensor) -> Tensor:
+        """The evidence of a prompt ``(...,)`` from the largest :meth:`evidence` and :meth:`parts` ``(..., k)`` of its tokens."""
+        return evidence
+
+    def of_prompt(self, h: Tensor) -> Tensor:
+        """The evidence ``()`` of a prompt's tokens ``h (T, d)``; :meth:`mention` is not looked at."""
+        best = self.evidence(h).amax(0)
+        return torch.where(best > 0, self.whole(best, self.parts(h).amax(0)), best)
 
     def mention(self, h: Tensor) -> Tensor:
         """``h (..., d)`` at the read layer -> ``(...,)``: above 0 where the token ends the edit's answer.
