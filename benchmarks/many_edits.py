@@ -145,7 +145,8 @@ def stream(data: Path) -> list[EditRequest]:
 def spread(requests: Sequence[EditRequest], count: int) -> list[EditRequest]:
     """``count`` of the requests at even distances, without the probes that are edited themselves."""
     edited = {r.prompt for r in requests}
-    chosen = [requests[i * len(requests) // count] for i in range(min(count, len(requests)))]
+    count = min(count, len(requests))
+    chosen = [requests[i * len(requests) // count] for i in range(count)]
     return [replace(r, probes=tuple(p for p in r.probes if p.prompt not in edited)) for r in chosen]
 
 
