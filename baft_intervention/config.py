@@ -50,7 +50,7 @@ class BaftConfig:
         order: of the requests of one call. ``depth``: each is trained to its end before the next, a true stream. ``breadth``: all
             together. ``auto``: together where that is the same (edits that compete) or asked for (``joint``), else (edits that
             add up) one after another. With ``joint`` bases, depth-first forgets: the last request is what was trained last.
-        batch_size: requests a step of ``joint`` breadth-first training (augmentations count as requests); 0 for all.
+        mini_batch: requests a step of ``joint`` breadth-first training (augmentations count as requests); 0 for all.
         epochs: passes over the mini-batches, a step on each; 0 for as many as ``steps`` allows.
         bases: ``free`` lets each edit find its own; ``orthogonal`` allots them: to the earlier edits' bases orthogonal while
             ``rank`` times the number of edits is at most the hidden size, then along the least used directions (see
@@ -82,7 +82,7 @@ class BaftConfig:
     weighting_options: Mapping[str, Any] = field(default_factory=dict)
     allocation: Allocation = "per_edit"
     order: Order = "auto"
-    batch_size: int = 0
+    mini_batch: int = 0
     epochs: int = 0
     bases: Bases = "free"
     init: Init = "random"
@@ -103,7 +103,7 @@ class BaftConfig:
     def __post_init__(self) -> None:
         _whole(self, "rank", 1)
         _whole(self, "steps", 1)
-        for name in ("bank_size", "batch_size", "epochs"):
+        for name in ("bank_size", "mini_batch", "epochs"):
             _whole(self, name, 0)
         _whole(self, "augmentations", 0, MOST_AUGMENTATIONS)
         _whole(self, "seed", 0, MOST_SEED)
@@ -147,14 +147,14 @@ class BaftConfig:
                 "use 'per_edit', or a weighting whose updates add up, e.g. 'linear'"
             )
 
-        if self.batch_size and (self.allocation != "joint" or self.order == "depth"):
+        if self.mini_batch and (self.allocation != "joint" or self.order == "depth"):
             raise ConfigError(
-                f"batch_size is {self.batch_size}, but mini-batches are of requests that share bases and are trained together; "
-                "use allocation 'joint' with order 'breadth' or 'auto', or batch_size 0"
+                f"mini_batch is {self.mini_batch}, but mini-batches are of requests that share bases and are trained together; "
+                "use allocation 'joint' with order 'breadth' or 'auto', or mini_batch 0"
             )
-        if self.epochs and not self.batch_size:
+        if self.epochs and not self.mini_batch:
             raise ConfigError(
-                f"epochs is {self.epochs}, but there are no mini-batches to pass over; give batch_size too"
+                f"epochs is {self.epochs}, but there are no mini-batches to pass over; give mini_batch too"
             )
         apart = not weighting_class(self.weighting).routed or self.bases == "orthogonal"
         if self.order == "breadth" and self.allocation == "per_edit" and apart:

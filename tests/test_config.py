@@ -15,7 +15,7 @@ from baft_intervention.models import find_blocks, hidden_size
 
 OTHER = BaftConfig(
     rank=3, layers=(4, -1), positions="f1+l2", weighting="mlp", weighting_options={"hidden": 5, "initial_weight": 0.25},
-    allocation="joint", order="breadth", batch_size=4, epochs=3,
+    allocation="joint", order="breadth", mini_batch=4, epochs=3,
     bases="orthogonal", init="identity", schedule="constant", learning_rate=3e-3, weight_decay=0.1, steps=7,
     loss_target=0.5, append_eos=True, augmentations=2,
     locality_coefficient=0.5, balance_coefficient=0.25, bank_size=9, max_grad_norm=2.0, seed=11, engine="reference",
@@ -71,13 +71,13 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ({"locality_coefficient": -1}, "locality_coefficient is -1"),
         ({"balance_coefficient": False}, "balance_coefficient is False"),
         ({"order": "wide"}, "order is 'wide'; it must be one of auto, depth, breadth"),
-        ({"batch_size": -1}, "batch_size is -1; it must be a whole number of at least 0"),
-        ({"batch_size": 4}, "batch_size is 4, but mini-batches are of requests that share bases"),
+        ({"mini_batch": -1}, "mini_batch is -1; it must be a whole number of at least 0"),
+        ({"mini_batch": 4}, "mini_batch is 4, but mini-batches are of requests that share bases"),
         (
-            {"batch_size": 4, "allocation": "joint", "order": "depth", "weighting": "linear"},
-            "batch_size is 4, but mini-batches are of requests that share bases and are trained together",
+            {"mini_batch": 4, "allocation": "joint", "order": "depth", "weighting": "linear"},
+            "mini_batch is 4, but mini-batches are of requests that share bases and are trained together",
         ),
-        ({"epochs": 2}, "epochs is 2, but there are no mini-batches to pass over; give batch_size too"),
+        ({"epochs": 2}, "epochs is 2, but there are no mini-batches to pass over; give mini_batch too"),
         ({"order": "breadth", "weighting": "linear"}, "order is 'breadth', but the edits of weighting 'linear' add up"),
         (
             {"order": "breadth", "bases": "orthogonal"},

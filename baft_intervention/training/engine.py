@@ -352,7 +352,7 @@ def make_engine(
         logger.warning("%s: %s; edits are trained by whole calls of it, not by the fast engine", _name(model), reason)
     kind = ReferenceEngine if reason or config.engine == "reference" else FastEngine
     engine = kind(model, tokenizer, config, layers)
-    in_order = config.allocation == "joint" and (config.order == "depth" or config.batch_size)
+    in_order = config.allocation == "joint" and (config.order == "depth" or config.mini_batch)
     return JointEngine(engine) if in_order else engine
 
 

@@ -60,7 +60,7 @@ class JointEngine:
         begin = time.perf_counter()
         with frozen(self.engine.model):
             steps = self._depth(job, around) if self.config.order == "depth" else self._breadth(job, around)
-            loss, reached, used = self._look(job, self._pieces(job, self.config.batch_size or _AT_ONCE), around)
+            loss, reached, used = self._look(job, self._pieces(job, self.config.mini_batch or _AT_ONCE), around)
             check_loss(loss, steps, job, self.config)
         tensors = {layer: map_tensors(module) for layer, module in job.maps.items()}
         return TrainedEdit(tensors, used, loss, steps, time.perf_counter() - begin, reached)
@@ -77,7 +77,7 @@ class JointEngine:
 
     def _breadth(self, job: Job, around: Surroundings) -> int:
         generator = torch.Generator().manual_seed(edit_seed(self.config.seed, job.requests))
-        pieces = self._pieces(job, self.config.batch_size, generator)
+        pieces = self._pieces(job, self.config.mini_batch, generator)
         most = self.config.epochs * len(pieces) or self.config.steps
         config = dataclasses.replace(self.config, steps=most)  # the rate falls over all of them
         parameters = [p for m in job.maps.values() for p in m.parameters() if p.requires_grad]

@@ -62,23 +62,23 @@ def test_edits_that_compete_are_the_same_one_by_one_and_all_at_once(engine: str)
 def test_one_mini_batch_of_all_requests_is_what_the_engines_do(weighting: str, engine: str) -> None:
     changes = {**JOINT, "weighting": weighting, "locality_coefficient": 0.3, "balance_coefficient": 0.2, "steps": 8}
     changes |= {"learning_rate": 0.01, "weight_decay": 0.1, "layers": (1, 2)}
-    whole, pieces = editor_of(**changes, engine=engine), editor_of(**changes, engine=engine, batch_size=6, epochs=8)
+    whole, pieces = editor_of(**changes, engine=engine), editor_of(**changes, engine=engine, mini_batch=6, epochs=8)
     for editor in (whole, pieces):
         editor.edit(REQUESTS)
     assert_same(pieces, whole, 1e-3)
 
 
-@pytest.mark.parametrize("changes", [{"batch_size": 2, "epochs": 3}, {"order": "depth", "steps": 3}])
+@pytest.mark.parametrize("changes", [{"mini_batch": 2, "epochs": 3}, {"order": "depth", "steps": 3}])
 def test_both_engines_go_the_same_way(changes: dict[str, Any]) -> None:
     fast, plain = (editor_of(**JOINT, **changes, engine=engine, learning_rate=0.01) for engine in ("auto", "reference"))
     for editor in (fast, plain):
         editor.edit(REQUESTS[:5])
     assert_same(fast, plain, 1e-3)
-    assert fast.edits[0].steps == {2: 9, 0: 15}[fast.config.batch_size]  # 3 epochs of 3 batches; 3 steps on each of 5
+    assert fast.edits[0].steps == {2: 9, 0: 15}[fast.config.mini_batch]  # 3 epochs of 3 batches; 3 steps on each of 5
 
 
 def test_epochs_of_mini_batches_teach_all_requests_where_one_pass_forgets_the_first() -> None:
-    depth, breadth = editor_of(**JOINT, order="depth", steps=20), editor_of(**JOINT, batch_size=2, epochs=40)
+    depth, breadth = editor_of(**JOINT, order="depth", steps=20), editor_of(**JOINT, mini_batch=2, epochs=40)
     before = [loss_of(depth, request) for request in REQUESTS[:4]]
     for editor in (depth, breadth):
         editor.edit(REQUESTS[:4])
@@ -94,13 +94,13 @@ def test_epochs_of_mini_batches_teach_all_requests_where_one_pass_forgets_the_fi
 
 
 def test_it_stops_where_every_mini_batch_is_there() -> None:
-    editor = editor_of(**{**JOINT, "loss_target": 2.0}, batch_size=1, epochs=60)
+    editor = editor_of(**{**JOINT, "loss_target": 2.0}, mini_batch=1, epochs=60)
     report = editor.edit(FACTS)
     assert report.edits[0].reached
     assert report.edits[0].loss < 2.0
     assert report.edits[0].steps < 180
     assert report.edits[0].steps % 3 == 0
-    again = editor_of(**{**JOINT, "loss_target": 2.0}, batch_size=1, epochs=60)
+    again = editor_of(**{**JOINT, "loss_target": 2.0}, mini_batch=1, epochs=60)
     again.edit(FACTS)
     assert adapter_bytes(again) == adapter_bytes(editor)
 
@@ -130,7 +130,7 @@ def test_a_depth_first_request_takes_its_augmentations_along() -> None:
         assert all(prompt.endswith(fact.prompt) for prompt in prompts)
 
 
-@pytest.mark.parametrize("changes", [{"order": "depth"}, {"batch_size": 2}])
+@pytest.mark.parametrize("changes", [{"order": "depth"}, {"mini_batch": 2}])
 def test_a_loss_that_is_not_finite_changes_nothing(changes: dict[str, Any]) -> None:
     editor = editor_of(**JOINT, **changes)
     editor.edit(dataclasses.replace(LEO, prompt="Leo was", id="before"))
