@@ -15,7 +15,7 @@ from .models import config_hash, model_fingerprint
 _TRAINING_ONLY = {
     "learning_rate", "weight_decay", "steps", "loss_target", "append_eos", "locality_coefficient", "balance_coefficient",
     "bank_size", "max_grad_norm", "seed", "engine", "init", "allocation", "schedule", "bases", "order",
-    "batch_size", "epochs",
+    "mini_batch", "epochs", "augmentations",
 }  # fmt: skip
 
 

@@ -51,7 +51,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mlp, locality loss": ("baft", {"weighting": "mlp", "locality_coefficient": 1.0}),
     "whitened": ("baft", {"weighting": "whitened", "locality_coefficient": 1.0}),
     "cosine": ("baft", {"weighting": "cosine"}),
-    "no subject question": ("baft", {NETWORK: {"subject_threshold": -1.0, "false_positive_rate": 0.999}}),
+    "no subject question": (
+        "baft",
+        {NETWORK: {"subject_threshold": -1.0, "name_threshold": -1.0, "false_positive_rate": 0.999}},
+    ),
     "no relation question": ("baft", {NETWORK: {"relation_threshold": -1.0, "same_relation": -1.0}}),
     "no competitors": ("baft", {NETWORK: {"same_relation": -1.0}}),
     "no second half": ("baft", {NETWORK: {"components": 0, "same_relation": 0.7}}),

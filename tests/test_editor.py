@@ -7,6 +7,8 @@ import dataclasses
 import pytest
 import torch
 
+from baft_intervention import belonging
+from baft_intervention.config import BaftConfig
 from baft_intervention.editor import BaftEditor
 from baft_intervention.errors import BaftError, ConfigError, EditError, PositionError, RequestError
 from baft_intervention.hooks import hook_block
@@ -473,3 +475,22 @@ def test_a_subject_of_several_tokens_is_known_by_all_of_them(editor):
         assert tensors["weighting.part_share"].sum() == pytest.approx(float(tokens > 1))
         keys = tensors["weighting.part_keys"].norm(dim=-1)
         assert torch.allclose(keys, (tensors["weighting.part_share"] > 0).float(), atol=1e-5)
+
+
+def test_the_subject_question_can_be_left_out_for_subjects_of_several_tokens_too(tiny_llama, tokenizer):
+    found = []
+    for threshold in (0.56, -1.0):
+        options = {"name_threshold": threshold, "relation_threshold": -1.0, "same_relation": -1.0}
+        editor = tiny_editor(tiny_llama, tokenizer, weighting_options=options)
+        editor.edit(TOWER)
+        with editor.enabled(False):
+            before = logits(tiny_llama, tokenizer, "He was")
+        found.append(torch.equal(logits(tiny_llama, tokenizer, "He was"), before))
+        editor.detach()
+    assert found == [True, False]
+
+
+def test_every_setting_is_known_to_be_of_training_or_of_what_an_adapter_means():
+    meaning = {"rank", "layers", "positions", "weighting", "weighting_options"}
+    fields = {field.name for field in dataclasses.fields(BaftConfig)}
+    assert fields - meaning == belonging._TRAINING_ONLY

@@ -231,7 +231,7 @@ class SubjectRelationWeighting(WeightingNetwork):
             keys = F.normalize(self.subject_whitening(context.name), dim=-1).flip(0)[:_PARTS]
             self.part_keys[: len(keys)] = keys
             self.part_share[: len(keys)] = 1.0 / len(keys)
-            self.subject_limit.fill_(_LAST_LIMIT)
+            self.subject_limit.fill_(min(_LAST_LIMIT, self.name_threshold))
         if context.start.abs().sum(-1).min() > 0:
             start = self._first_word(F.normalize(self.subject_whitening(context.start), dim=-1)).mean(0)
             self.start_key.copy_(F.normalize(start, dim=0))
