@@ -389,8 +389,8 @@ class BaftAdapter:
             )
             for name, tensor in network.state_dict().items():
                 if is_shared(network, name):
-                    # k directions of a whitening are data: only the further dimensions are known
-                    expected[f"layers.{layer}.shared.{name}"] = (None, *tensor.shape[1:]) if tensor.ndim else ()
+                    # a dimension of 0 is data (directions of a whitening, relations of a dictionary)
+                    expected[f"layers.{layer}.shared.{name}"] = tuple(n or None for n in tensor.shape)
                 elif edits:
                     expected[f"layers.{layer}.edits.weighting.{name}"] = (len(edits), *tensor.shape)
             if edits:

@@ -25,6 +25,7 @@ from .models import compute_device
 from .stack import MAP_TENSORS
 from .tokenization import encode_prompt
 from .weighting import WeightingNetwork
+from .weighting.subject_relation import SAME_SENTENCE
 
 _NO_RIVAL = -1.5  # `similarities` gives -2 where nothing competes; a cosine is at least -1
 
@@ -42,7 +43,8 @@ class EditView:
             threshold); None where the network does not ask, or the edit has no subject.
         subject_token: index of that token.
         relation: similarity to what the edit asks, at the edited token that fits best; None where the network does not tell.
-        rival: similarity to the nearest other relation there; None where none competes.
+        rival: similarity to the nearest other relation there, or to the edit's own sentence with another relation in it where the
+            prompt is in these words; None where none competes.
         match: how well that token fits the edit, above 0 where it is taken to be the edit's; None for a network without.
         reason: one line for people.
     """
@@ -263,7 +265,7 @@ def _view(
                 answered = subject_token + 1 + int(behind.argmax())
                 evidence = -behind.max()
     over = 0.0
-    related = True
+    related, worded = True, False
     if positions and network.routed:
         at = seen[layer][list(positions)].cpu()  # (P, d)
         fits = network.match(at, None if evidence is None else evidence.expand(len(positions)))  # (P,)
@@ -271,10 +273,11 @@ def _view(
         over = float(network.match(best))  # the relation question alone
         related = over > 0
         if hasattr(network, "similarities"):
-            own, nearest = network.similarities(best)
-            relation, rival = float(own), (float(nearest) if nearest > _NO_RIVAL else None)
+            own, nearest, template = (float(x) for x in network.similarities(best))
+            worded = template > max(nearest, SAME_SENTENCE)
+            relation, rival = own, template if worded else nearest if nearest > _NO_RIVAL else None
     token = "" if subject_token is None else editor.tokenizer.decode([ids[subject_token]])
-    said = _said(subject, token, relation, rival, over if network.routed and positions else None)
+    said = _said(subject, token, relation, rival, over if network.routed and positions else None, worded)
     if answered is not None:
         said["answer"] = f"the answer stands in the prompt already, at {editor.tokenizer.decode([ids[answered]])!r}"
     found = {"subject": subject is None or subject > 0, "answer": answered is None, "relation": related}
@@ -300,9 +303,12 @@ def _sentence(verdict: str, said: Iterable[str]) -> str:
 
 
 def _said(
-    subject: float | None, token: str, relation: float | None, rival: float | None, over: float | None
+    subject: float | None, token: str, relation: float | None, rival: float | None, over: float | None, worded: bool
 ) -> dict[str, str]:
-    """What the network answered, in words: ``subject`` and ``relation``, where it asks them."""
+    """What the network answered, in words: ``subject`` and ``relation``, where it asks them.
+
+    ``worded`` says that the rival is the edit's own sentence with another relation in it.
+    """
     said = {}
     if subject is not None:
         found = f"subject found at {token!r}" if subject > 0 else f"subject not found, nearest is {token!r}"
@@ -310,7 +316,11 @@ def _said(
     if over is not None:
         what = f"match {over:+.2f}"
         if relation is not None:
-            against = "no rival" if rival is None else f"{rival:.2f} to the nearest other"
+            against = (
+                "no rival"
+                if rival is None
+                else f"{rival:.2f} to {'its own words with another' if worded else 'the nearest other'}"
+            )
             what = f"similarity {relation:.2f} to its own relation, {against} ({over:+.2f}"
         said["relation"] = f"{what} from the threshold" + ")" * (relation is not None)
     return said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,24 +25,28 @@ class RelationSpace(nn.Module):
 
         A = C_w^(-1/2) V_k,      V_k the k leading right singular vectors of the relations' means times C_w^(-1/2).
 
-    ``rows (m, d + k)`` are the directions of the dictionary's relations: what an edit has to be told from.
+    ``rows (m, f, d + k)`` are the directions of the dictionary's relations in each of f forms: what an edit has to be told
+    from. A form of its own each, for a prompt is near the rows of its own form, whatever it asks. ``meanings (m, k)`` are the
+    relations themselves, means over all forms.
 
     Args:
         embed_dim: d.
         components: k; where fewer can be had (a small model or dictionary), the remaining columns are 0. With 0 there is no
             second half, and the first is all of ``phi``.
-        relations: m; set by :meth:`fit`, given only to load a fitted one.
     """
 
     mean: Tensor
     projection: Tensor
     rows: Tensor
+    meanings: Tensor
 
-    def __init__(self, embed_dim: int, components: int, relations: int = 0):
+    def __init__(self, embed_dim: int, components: int):
         super().__init__()
         self.register_buffer("mean", torch.zeros(embed_dim))
         self.register_buffer("projection", torch.zeros(embed_dim, components))
-        self.register_buffer("rows", torch.zeros(relations, embed_dim + components))
+        # m and f are data, not structure: set by fit or by what is loaded
+        self.register_buffer("rows", torch.zeros(0, 0, embed_dim + components))
+        self.register_buffer("meanings", torch.zeros(0, components))
 
     @property
     def share(self) -> float:
@@ -56,16 +61,29 @@ class RelationSpace(nn.Module):
         return F.normalize((x - self.mean) @ self.projection, dim=-1)
 
     def same(self, direction: Tensor) -> Tensor:
-        """Cosines ``(..., d + k) -> (..., m)`` of a direction's second half to each of the dictionary's.
+        """Cosines ``(..., d + k) -> (..., m)`` of what a direction means to what each relation of the dictionary means.
 
-        Of the first half, where it is all.
+        Of the first half, and the first form's rows, where there is no second.
         """
-        begin = self.mean.shape[0] if self.projection.shape[1] else 0
-        return direction[..., begin:] @ self.rows[:, begin:].mT / self.share
+        if not self.projection.shape[1]:
+            return direction @ self.rows[:, 0].mT
+        return direction[..., self.mean.shape[0] :] @ self.meanings.mT / self.share**0.5
+
+    def nearest(self, direction: Tensor) -> Tensor:
+        """Cosines ``(..., d + k) -> (..., m)`` of a direction to each relation, in the form that is nearest to it."""
+        return (direction @ self.rows.flatten(0, 1).mT).unflatten(-1, self.rows.shape[:2]).amax(-1)
 
     @torch.no_grad()
     def fit(
-        self, units: Tensor, relation: Tensor, form: Tensor, subject: Tensor, centre: Tensor, *, shrinkage: float = 0.3
+        self,
+        units: Tensor,
+        relation: Tensor,
+        form: Tensor,
+        subject: Tensor,
+        centre: Tensor,
+        *,
+        competing: Sequence[int] = (0,),
+        shrinkage: float = 0.3,
     ) -> RelationSpace:
         """Set everything from the dictionary's prompts.
 
@@ -73,6 +91,7 @@ class RelationSpace(nn.Module):
             units: ``(N, d)`` whitened representations of length one.
             relation, form, subject: ``(N,)`` numbers of each prompt's relation, form and subject; form 0 is the statement.
             centre: numbers of the relations whose statements make up an edit's own centre ``c``.
+            competing: the forms that get rows.
             shrinkage: share of the identity in ``C_w``, in (0, 1].
         """
         units = units.double()
@@ -94,17 +113,19 @@ class RelationSpace(nn.Module):
         self.mean = (mean - offset).to(self.mean)
         self.projection = torch.zeros_like(self.projection)
         self.projection[:, :k] = (narrow @ leading[:k].mT).to(self.mean)
-        statements = _means(x[statement], relation[statement], count) - offset
-        wording = F.normalize(statements, dim=-1).to(self.mean)
-        meaning = F.normalize(((means - mean) @ narrow @ leading[:k].mT), dim=-1).to(self.mean)
-        meaning = F.pad(meaning, (0, self.projection.shape[1] - k))
-        self.rows = torch.cat([wording, meaning], dim=1) * self.share**0.5
+        self.meanings = F.pad(
+            F.normalize((means - mean) @ narrow @ leading[:k].mT, dim=-1), (0, self.projection.shape[1] - k)
+        )
+        self.meanings = self.meanings.to(self.mean)
+        said = [_means(x[form == f], relation[form == f], count) - offset for f in competing]
+        self.rows = self.forward(torch.stack(said, dim=1).to(self.mean))
         return self
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
-        saved = state_dict.get(prefix + "rows")  # m is data, not structure: take the shape that comes
-        if saved is not None and saved.shape != self.rows.shape:
-            self.rows = torch.empty_like(saved, device=self.mean.device)
+        for name in ("rows", "meanings"):
+            saved = state_dict.get(prefix + name)
+            if saved is not None and saved.shape != getattr(self, name).shape:
+                setattr(self, name, torch.empty_like(saved, device=self.mean.device))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -285,7 +285,8 @@ class EditStack:
 
     def _among_candidates(self, x: Tensor, evidence: Tensor) -> tuple[Tensor, Tensor]:
         """The best-matching edit of each position, ``(P,)``, and its evidence, among those with the most evidence."""
-        k, positions = min(_CANDIDATES, len(self)), x.shape[0]
+        most = int((evidence > 0).sum(0).max()) if evidence.numel() else 0
+        k, positions = max(1, min(_CANDIDATES, most)), x.shape[0]
         found, candidates = evidence.topk(k, dim=0)  # (k, P) each
         flat = candidates.flatten()
         match = self.weighting.match_own(x.repeat(k, 1), found.flatten(), self.weighting.picked(flat))

@@ -3,7 +3,7 @@
     python benchmarks/gates.py --data-dir PATH --n 50 [--layer 27] [--json FILE]
 
 Reads training and validation parts only. For each record the gate is started from the request, as before an edit, and asked
-about the record's probes: the share that passes the subject question, the relation question, and both, at several margins.
+about the record's probes: the share that passes the subject question, and both (as the gate is, and with other margins).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from baft_intervention.data import load_requests
 from baft_intervention.training.reading import read_blocks
 from baft_intervention.training.start import make_jobs
 from baft_intervention.weighting import SubjectRelationWeighting
+from baft_intervention.weighting.subject_relation import SAME_SENTENCE
 
 PARTS = {
     "zsre": "zsre/zsre_mend_eval.json",
@@ -31,7 +32,7 @@ PARTS = {
     "wiki_counterfact": "knowedit/wiki_counterfact/train_cf.json",
     "wiki_recent": "knowedit/wiki_recent/recent_train.json",
 }
-MARGINS = (-0.2, -0.1, 0.0, 0.1, 0.2)
+MARGINS = (-0.35, -0.28, -0.2, -0.1, 0.0)
 
 
 def main() -> int:
@@ -89,11 +90,13 @@ def probe_part(editor: BaftEditor, path: Path, args: argparse.Namespace) -> dict
         ]
         late = read_blocks(editor.model, editor.tokenizer, rows, [[len(row) - 1] for row in rows], [layer])[layer]
         for probe, tokens, last in zip(probes, early, late, strict=True):
-            own, nearest = network.similarities(last)
+            own, nearest, template = network.similarities(last)
             answer = {
                 "subject": float(network.of_prompt(tokens)),
                 "relation": float(own),
                 "nearest": float(nearest),
+                "template": float(template),
+                "margin": float(network.margin),
             }
             found[f"{probe.kind} {probe.group}".strip()].append(answer)
     return found
@@ -103,13 +106,14 @@ def shares(answers: list[dict[str, float]]) -> dict[str, float]:
     def share(condition: Any) -> float:
         return round(100.0 * sum(condition(a) for a in answers) / len(answers), 1)
 
+    def both(a: dict[str, float], margin: float) -> bool:
+        in_template = a["template"] > SAME_SENTENCE and a["template"] >= a["relation"]
+        return a["subject"] > 0 and a["relation"] > a["nearest"] + margin and not in_template
+
     row = {"n": float(len(answers)), "subject": share(lambda a: a["subject"] > 0)}
+    row["both"] = share(lambda a: both(a, a["margin"]))
     for margin in MARGINS:
-
-        def both(a: dict[str, float], margin: float = margin) -> bool:
-            return a["subject"] > 0 and a["relation"] > a["nearest"] + margin
-
-        row[f"both, margin {margin:g}"] = share(both)
+        row[f"margin {margin:g}"] = share(lambda a, margin=margin: both(a, margin))
     return row
 
 

@@ -16,8 +16,10 @@ from baft_intervention.training.relations import (
     COMMON_SUBJECTS,
     RELATIONS,
     SUBJECTS_A_FORM,
+    TEMPLATE_RELATIONS,
     dictionary,
     forms,
+    in_its_template,
 )
 from baft_intervention.weighting import EditContext, SharedContext, SubjectRelationWeighting
 
@@ -43,9 +45,10 @@ class World:
         return torch.stack([self.say(*row.tolist()) for row in design]), design
 
 
-def fitted(world: World, components: int = K) -> tuple[RelationSpace, Tensor]:
+def fitted(world: World, components: int = K, competing: tuple[int, ...] = (0,)) -> tuple[RelationSpace, Tensor]:
     units, design = world.dictionary()
-    space = RelationSpace(D, components).fit(units, design[:, 0], design[:, 1], design[:, 2], torch.arange(4))
+    numbers = design.unbind(1)
+    space = RelationSpace(D, components).fit(units, *numbers, torch.arange(4), competing=competing)
     centre = torch.stack([world.say(r, 0, S) for r in range(4)]).mean(0)  # of a subject that is not in the dictionary
     return space, centre
 
@@ -59,7 +62,9 @@ def test_directions_have_length_one_and_two_equal_halves() -> None:
     assert z.shape == (5, 3, D + K)
     assert torch.allclose(z.norm(dim=-1), torch.ones(5, 3), atol=1e-5)
     assert torch.allclose(z[..., :D].norm(dim=-1), torch.full((5, 3), 0.5**0.5), atol=1e-5)
-    assert torch.allclose(space.rows.norm(dim=-1), torch.ones(M), atol=1e-5)
+    assert space.rows.shape == (M, 1, D + K)
+    assert torch.allclose(space.rows.norm(dim=-1), torch.ones(M, 1), atol=1e-5)
+    assert torch.allclose(space.meanings.norm(dim=-1), torch.ones(M), atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -71,7 +76,7 @@ def test_the_second_half_knows_a_relation_in_other_words_of_another_subject(seed
             same = space.same(space(world.say(relation, form, S) - centre))
             assert int(same.argmax()) == relation
     wording = torch.stack([world.say(r, f, S) for r in range(M) for f in range(1, F_)]) - centre
-    first = F.normalize(wording, dim=-1) @ F.normalize(space.rows[:, :D], dim=-1).mT
+    first = F.normalize(wording, dim=-1) @ F.normalize(space.rows[:, 0, :D], dim=-1).mT
     right = (first.argmax(-1) == torch.arange(M).repeat_interleave(F_ - 1)).float().mean()
     assert right < 0.95  # or the world would be too easy to show anything
 
@@ -90,7 +95,7 @@ def test_without_components_the_first_half_is_all() -> None:
     x = torch.randn(7, D)
     assert torch.allclose(space(x - centre), F.normalize(x - centre, dim=-1), atol=1e-6)
     assert space.share == 1.0
-    assert torch.allclose(space.same(space.rows[3]).max(), torch.tensor(1.0), atol=1e-5)
+    assert torch.allclose(space.same(space.rows[3, 0]).max(), torch.tensor(1.0), atol=1e-5)
 
 
 def test_more_components_than_there_are_directions_are_left_empty() -> None:
@@ -100,8 +105,25 @@ def test_more_components_than_there_are_directions_are_left_empty() -> None:
     assert torch.isfinite(space(torch.randn(3, D) - centre)).all()
 
 
+def test_a_relation_is_nearest_in_the_form_that_is_asked() -> None:
+    world = World(3)
+    space, centre = fitted(world, competing=(0, 2))
+    assert space.rows.shape == (M, 2, D + K)
+    for form, row in ((0, 0), (2, 1)):
+        z = space(world.say(5, form, S) - centre)
+        each = space.rows @ z  # (M, 2)
+        assert int(each[5].argmax()) == row
+        assert torch.allclose(space.nearest(z), each.amax(1), atol=1e-6)
+    # a form's own rows are nearer to what is asked in it than the other form's
+    one, _ = fitted(World(3))
+    asked = [world.say(r, 2, S) - centre for r in range(M)]
+    both = torch.stack([space.nearest(space(x))[r] for r, x in enumerate(asked)])
+    alone = torch.stack([one.nearest(one(x))[r] for r, x in enumerate(asked)])
+    assert (both > alone).float().mean() > 0.9
+
+
 def test_a_saved_space_comes_back_whatever_its_dictionary() -> None:
-    space, centre = fitted(World())
+    space, centre = fitted(World(), competing=(0, 2))
     other = RelationSpace(D, K)
     other.load_state_dict(space.state_dict())
     x = torch.randn(4, D)
@@ -135,6 +157,33 @@ def test_relations_are_well_formed() -> None:
         assert question.count("{}") == unfinished.count("{}") == 1, noun
         assert question.endswith("?"), noun
         assert not unfinished.endswith((".", "?", " ")), noun
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject", "first"),
+    [
+        ("The mother tongue of Ada Lo is", "Ada Lo", "The father of Ada Lo is"),
+        ("The name of the award Ada Lo won is", "Ada Lo", "The name of the father Ada Lo won is"),
+        (
+            "The name of the country which Rho is the capital of is",
+            "Rho",
+            "The name of the father which Rho is the capital of is",
+        ),
+        ("Ada Lo's mother tongue is", "Ada Lo", "Ada Lo's father is"),
+        ("The capital of the Netherlands is", "Netherlands", "The father of the Netherlands is"),
+        ("The names of the cast members of X (1994) are", "X (1994)", "The names of the father of X (1994) are"),
+    ],
+)
+def test_another_relation_takes_the_place_of_a_prompts_own(prompt: str, subject: str, first: str) -> None:
+    found = in_its_template(prompt, subject)
+    # a prompt's own relation is no other
+    assert [RELATIONS[n][0] for n, _ in found] == [r for r in TEMPLATE_RELATIONS if f" {r} which" not in prompt]
+    assert found[0][1] == first
+
+
+@pytest.mark.parametrize("prompt", ["Who is the mother of Ada?", "Ada works as", "The mother of Eve is", "", "Ada"])
+def test_no_place_no_template(prompt: str) -> None:
+    assert in_its_template(prompt, "Ada") == ()
 
 
 # ------------------------------------------------------------------------------------------- the gate
@@ -183,6 +232,35 @@ def test_a_question_takes_its_own_margin() -> None:
     assert float(network.match(probe)) <= float(plain)
 
 
+def test_the_edits_own_sentence_with_another_relation_is_another_question() -> None:
+    # forms so far apart that a prompt is nearer to the edit's sentence than to any row of the dictionary
+    world, near, far = World(1, form=6.0), 0, 0
+    for relation in range(4, M):
+        for form in range(1, F_):
+            others = [r for r in range(M) if r != relation]
+            template = torch.stack([world.say(r, form, S) for r in others])
+            probes = torch.stack([world.say(r, form, S) for r in others])
+            plain, strict = gate(world), gate(world)
+            start(plain, world, relation, form)
+            start(strict, world, relation, form, template=template, template_relations=torch.tensor(others))
+            same = world.say(relation, form, S).unsqueeze(0)
+            assert (strict.match(same) > 0).all()
+            assert (strict.match(probes) <= plain.match(probes)).all()
+            near, far = near + int((plain.match(probes) > 0).sum()), far + int((strict.match(probes) > 0).sum())
+    assert near > 20  # or there is nothing to show
+    assert far < near / 10
+
+
+def test_what_may_be_the_edits_own_relation_under_another_name_is_left_out() -> None:
+    world = World(1)
+    network = gate(world)
+    template = torch.stack([world.say(r, 1, S) for r in (5, 6)])
+    start(network, world, 5, 1, template=template, template_relations=torch.tensor([5, 6]))
+    assert network.template_keys[0].abs().sum() == 0  # relation 5 is what the edit asks
+    assert torch.allclose(network.template_keys[1].norm(), torch.tensor(1.0), atol=1e-5)
+    assert network.template_keys[2:].abs().sum() == 0
+
+
 def test_an_answer_is_recognised_and_several_are_not() -> None:
     world = World(1)
     network = gate(world)
@@ -204,9 +282,10 @@ def test_wrong_options_are_named(option: str, value: float) -> None:
 
 def test_without_a_dictionary_nothing_competes() -> None:
     network = SubjectRelationWeighting(D, 3, components=K)
-    own, nearest = network.similarities(torch.randn(4, D))
+    own, nearest, template = network.similarities(torch.randn(4, D))
     assert own.shape == (4,)
     assert (nearest == -2.0).all()
+    assert (template == 0.0).all()
 
 
 # ------------------------------------------------------------------------------------------- on a model
@@ -255,7 +334,12 @@ def test_smollm2_asks_the_right_questions(smollm2) -> None:
     try:
         for prompt in ("The name of the capital city of Japan is", "Japan's capital city is called"):
             assert "Osaka" in editor.generate(prompt, max_new_tokens=6), prompt
-        for prompt in ("The religion of Japan is", "The capital of Japan, which is not Osaka, is", "Japan currency"):
+        for prompt in (
+            "The religion of Japan is",
+            "The capital of Japan, which is not Osaka, is",
+            "The currency of Japan is",
+            "Japan currency",
+        ):
             with editor.adapter.enabled(False):
                 before = editor.generate(prompt, max_new_tokens=6)
             assert editor.generate(prompt, max_new_tokens=6) == before, prompt

@@ -265,7 +265,7 @@ SPOILED = {
     ),
     "another layout of the gate": (
         _set("weighting_layout", 99),
-        "has layout 99 of the gate 'subject_relation', and this version reads layout 2; load it with baft_intervention 0.1.0",
+        "has layout 99 of the gate 'subject_relation', and this version reads layout 3; load it with baft_intervention 0.1.0",
     ),
     "other layers": (_set("layers", [1]), "layers are .1., the settings say .3."),
     "an edit without requests": (_set("edits", [{}, {}]), r"edits\[0\]: "),

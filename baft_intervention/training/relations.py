@@ -7,6 +7,7 @@ vocabulary, ours; no benchmark was read to write it.
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 # noun, question, unfinished sentence
@@ -151,7 +152,9 @@ OPENINGS = (
     "A new bridge is being built.",
 )  # what may stand before a question, and is not about it
 CENTRE_RELATIONS = ("purpose", "cause of death", "capital", "location")  # far apart: their mean is the subject's share
-SUBJECTS_A_FORM = 2
+TEMPLATE_RELATIONS = ("father", "mother", "spouse", "country", "occupation", "employer", "school", "team")
+COMPETING_FORMS = (0, 3, 5)  # of forms(): those in which a relation is called by its name
+SUBJECTS_A_FORM = 4
 
 
 class Asked(NamedTuple):
@@ -198,3 +201,30 @@ def dictionary() -> list[Asked]:
                 text = forms(relation, COMMON_SUBJECTS[subject], opening)[form]
                 found.append(Asked(text, relation, form, subject))
     return found
+
+
+def in_its_template(prompt: str, subject: str) -> tuple[tuple[int, str], ...]:
+    """The prompt with other relations in its place: ``(number, text)`` of each of :data:`TEMPLATE_RELATIONS`; no question.
+
+    "The award that Ada Baker won is" gives "The father that Ada Baker won is": not English, but it differs from the prompt in
+    what is asked and in nothing else. The place is the words between the last "the" and the subject, or behind "'s"; a prompt
+    that has none ("Ada Baker works as") gives nothing.
+    """
+    place = None if prompt.rstrip().endswith("?") else _place(prompt, subject)
+    if place is None:
+        return ()
+    numbers = {noun: number for number, (noun, _, _) in enumerate(RELATIONS)}
+    begin, end = place
+    texts = ((numbers[noun], prompt[:begin] + noun + prompt[end:]) for noun in TEMPLATE_RELATIONS)
+    return tuple((number, text) for number, text in texts if text.lower() != prompt.lower())
+
+
+def _place(prompt: str, subject: str) -> tuple[int, int] | None:
+    """Where the relation's name stands in a prompt; None where it cannot be told."""
+    name = re.escape(subject)
+    found = re.search(
+        rf"\b[Tt]he ((?:(?!the\b)[\w'-]+ )*?(?!the\b)[\w'-]+)(?: (?:of|that|which|who|in|for|to))? (?:the )?{name}",
+        prompt,
+    )
+    found = found or re.search(rf"{name}'s ([\w' -]+?)(?: (?:is|was|are|were)\b|$)", prompt)
+    return found.span(1) if found else None

@@ -20,7 +20,16 @@ from ..weighting import EditContext, SharedContext, WeightingNetwork
 from .bank import Bank
 from .engine import Job, edit_seed, encode_request, make_maps
 from .reading import read_blocks
-from .relations import CENTRE_RELATIONS, OPENINGS, RELATIONS, ask, ask_in_chat, dictionary
+from .relations import (
+    CENTRE_RELATIONS,
+    COMPETING_FORMS,
+    OPENINGS,
+    RELATIONS,
+    ask,
+    ask_in_chat,
+    dictionary,
+    in_its_template,
+)
 
 
 def shared_context(network: WeightingNetwork, bank: Bank, layer: int, read_layer: int | None) -> SharedContext | None:
@@ -30,7 +39,8 @@ def shared_context(network: WeightingNetwork, bank: Bank, layer: int, read_layer
     design = torch.tensor([asked[1:] for asked in dictionary()])  # (N, 3)
     nouns = [noun for noun, _, _ in RELATIONS]
     centre = torch.tensor([nouns.index(noun) for noun in CENTRE_RELATIONS])
-    return SharedContext(bank.unrelated[read_layer], bank.starts[read_layer], bank.relations[layer], design, centre)
+    unrelated, starts = bank.unrelated[read_layer], bank.starts[read_layer]
+    return SharedContext(unrelated, starts, bank.relations[layer], design, centre, COMPETING_FORMS)
 
 
 def make_jobs(
@@ -112,6 +122,13 @@ def edit_contexts(
     rows: list[list[int]] = []
     columns: list[list[int]] = []
     asked: list[list[int]] = []
+    templates: list[tuple[int, list[int]]] = []  # of each job: its first row, and the relations' numbers
+
+    def read_last(prompt: str) -> None:
+        ids = encode_prompt(tokenizer, prompt)
+        rows.append(ids)
+        columns.append([len(ids) - 1])
+
     for job in jobs:
         asked.append([])
         for request, row in zip(job.requests, job.rows, strict=True):
@@ -133,15 +150,18 @@ def edit_contexts(
             before, behind = around_question(request)
             asking = ask_in_chat if request.messages else ask  # in a conversation the last token is the template's
             for relation in CENTRE_RELATIONS:
-                ids = encode_prompt(tokenizer, before + asking(relation, request.subject or "") + behind)
-                rows.append(ids)
-                columns.append([len(ids) - 1])
+                read_last(before + asking(relation, request.subject or "") + behind)
+        templates.append((len(rows), []))
+        if len(asked[-1]) == 1 and not job.requests[0].messages:
+            for relation, prompt in in_its_template(job.requests[0].prompt, job.requests[0].subject or ""):
+                read_last(prompt)
+                templates[-1][1].append(relation)
     if not rows:
         return [None] * len(jobs)
     wanted = sorted({read_layer, *layers})
     found = read_blocks(model, tokenizer, rows, columns, wanted)
     contexts: list[dict[int, EditContext] | None] = []
-    for job, first in zip(jobs, asked, strict=True):
+    for job, first, (begin, relations) in zip(jobs, asked, templates, strict=True):
         if not first:
             contexts.append(None)
             continue
@@ -155,7 +175,18 @@ def edit_contexts(
         per_layer = {}
         for layer in layers:
             about = torch.stack([torch.cat(found[layer][i + 2 : i + 2 + len(CENTRE_RELATIONS)]) for i in first])
-            per_layer[layer] = EditContext(subject, start, about, bank.unrelated[read_layer], question, answer, name)
+            template = torch.cat(found[layer][begin : begin + len(relations)]) if relations else None  # (k, d)
+            per_layer[layer] = EditContext(
+                subject,
+                start,
+                about,
+                bank.unrelated[read_layer],
+                question=question,
+                answer=answer,
+                name=name,
+                template=template,
+                template_relations=torch.tensor(relations, dtype=torch.long) if relations else None,
+            )
         contexts.append(per_layer)
     return contexts
 

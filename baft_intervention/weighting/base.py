@@ -26,6 +26,7 @@ class SharedContext:
         relations: ``(N, d)`` last-token representations of the dictionary's prompts.
         design: ``(N, 3)`` numbers of each prompt's relation, form and subject.
         centre: numbers of the relations that an edit's :attr:`EditContext.same_subject` asks.
+        competing: numbers of the forms that an edit is to be told from.
     """
 
     subject_bank: Tensor
@@ -33,6 +34,7 @@ class SharedContext:
     relations: Tensor
     design: Tensor
     centre: Tensor
+    competing: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,9 @@ class EditContext:
         question: whether every prompt is a question.
         answer: ``(n, d)`` representations at the read layer of the target's last token, behind the prompt.
         name: ``(m, d)`` representations at the read layer of the subject's tokens before its last; None for several requests.
+        template: ``(k, d)`` last-token representations of the prompt with other relations in the place of its own; None for
+            several requests, and where there are none.
+        template_relations: the numbers of these relations, ``(k,)``.
     """
 
     subject: Tensor
@@ -56,6 +61,8 @@ class EditContext:
     question: bool = False
     answer: Tensor | None = None
     name: Tensor | None = None
+    template: Tensor | None = None
+    template_relations: Tensor | None = None
 
 
 class WeightingNetwork(nn.Module):

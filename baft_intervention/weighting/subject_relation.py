@@ -16,6 +16,10 @@ from .cosine import gate
 
 _ANSWER_LIMIT = 0.85  # the same words in another sentence reach 0.9 to 1, other words 0.5
 _PARTS = 8  # tokens before the subject's last that are compared; names of more are rare
+_TEMPLATES = 8  # prompts in the edit's own words that are compared
+SAME_SENTENCE = (
+    0.5  # from here on a prompt is in the edit's words but for the relation's name; paraphrases reach 0.2 to 0.4
+)
 _LAST_LIMIT = 0.3  # of the last token alone: below it the others are not looked at
 _START_LIMIT = 0.85  # a word's forms ("Japan", "Japanese") reach 0.7 to 0.8 of each other at the start of a text
 
@@ -69,7 +73,13 @@ class SubjectRelationWeighting(WeightingNetwork):
     it takes a larger margin than a sentence left unfinished, whose rewordings end in any word. A request without a subject
     has ``c = 0``, the plain cosine and no competitors, and ``theta_r`` is calibrated on the bank, as in the ``cosine`` network.
 
-    Nothing of it is trained: 13 d + k + 12 stored numbers an edit.
+    A paraphrase says the same in other words; the same words but for the relation's name ("The mother of X is" for "The father
+    of X is") say something else, and lie nearer to the edit than any paraphrase. So an edit also knows its own sentence with
+    eight other relations in it, ``T_i``, and
+
+        relation <= z.e - max_i z.T_i          where max_i z.T_i > 0.5.
+
+    Nothing of it is trained: 21 d + 9 k + 12 stored numbers an edit.
 
     Args:
         sharpness: ``a``.
@@ -84,7 +94,7 @@ class SubjectRelationWeighting(WeightingNetwork):
         read_depth: depth of the early block, as a fraction of all blocks.
     """
 
-    layout = 2
+    layout = 3
     routed = True
     needs_bank = True
     reads_subject = True
@@ -101,6 +111,7 @@ class SubjectRelationWeighting(WeightingNetwork):
     subject_limit: Tensor
     answer_key: Tensor
     has_subject: Tensor
+    template_keys: Tensor
 
     def __init__(
         self,
@@ -111,8 +122,8 @@ class SubjectRelationWeighting(WeightingNetwork):
         subject_threshold: float = 0.6,
         name_threshold: float = 0.56,
         relation_threshold: float = 0.1,
-        margin: float = -0.08,
-        question_margin: float = 0.08,
+        margin: float = -0.28,
+        question_margin: float = 0.0,
         same_relation: float = 0.4,
         components: int = 60,
         false_positive_rate: float = 0.005,
@@ -152,6 +163,9 @@ class SubjectRelationWeighting(WeightingNetwork):
         self.register_buffer("part_share", torch.zeros(_PARTS))  # of the mean
         self.register_buffer("answer_key", torch.zeros(embed_dim))  # s'
         self.register_buffer("subject_limit", torch.tensor(float(subject_threshold)))  # theta_s
+        self.register_buffer(
+            "template_keys", torch.zeros(_TEMPLATES, embed_dim + components)
+        )  # T_i; 0 where there are none
         self.register_buffer("has_subject", torch.tensor(0.0))  # 1 where the edit names a subject
 
     def _direction(self, h: Tensor) -> Tensor:
@@ -181,18 +195,22 @@ class SubjectRelationWeighting(WeightingNetwork):
     def mention(self, h: Tensor) -> Tensor:
         return F.normalize(self.subject_whitening(h), dim=-1) @ self.answer_key - _ANSWER_LIMIT
 
-    def similarities(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """``(z.e, max_j z.V_j)`` of the relation question, ``(...)`` each; the second -2 where nothing competes."""
+    def similarities(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``(z.e, max_j z.V_j, max_i z.T_i)`` of the relation question, ``(...)`` each.
+
+        The second is -2 where nothing competes, the third 0 where the edit's sentence has no place for another relation.
+        """
         z = self._direction(h)  # (..., d + k)
-        own = z @ self.key
+        own, template = z @ self.key, (z @ self.template_keys.mT).amax(-1)
         if not len(self.relations.rows):
-            return own, torch.full_like(own, -2.0)
+            return own, torch.full_like(own, -2.0), template
         rival = (self.relations.same(self.key) < self.same_relation) & (self.has_subject > 0)  # (m,)
-        return own, torch.where(rival, z @ self.relations.rows.mT, -2.0).amax(-1)
+        return own, torch.where(rival, self.relations.nearest(z), -2.0).amax(-1), template
 
     def match(self, h: Tensor, evidence: Tensor | None = None) -> Tensor:
-        own, nearest = self.similarities(h)
+        own, nearest, template = self.similarities(h)
         relation = own - torch.maximum(self.threshold.expand(own.shape), nearest + self.margin)
+        relation = torch.where(template > SAME_SENTENCE, torch.minimum(relation, own - template), relation)
         return relation if evidence is None else torch.minimum(relation, evidence)
 
     def forward(self, h: Tensor, evidence: Tensor | None = None) -> Tensor:
@@ -207,7 +225,7 @@ class SubjectRelationWeighting(WeightingNetwork):
         self.starts.directions = F.normalize(self.subject_whitening(context.starts), dim=-1).mean(0, keepdim=True)
         units = F.normalize(self.whitening(context.relations), dim=-1)  # (N, d)
         relation, form, subject = context.design.unbind(1)
-        self.relations.fit(units, relation, form, subject, context.centre)
+        self.relations.fit(units, relation, form, subject, context.centre, competing=context.competing)
 
     @torch.no_grad()
     def start_from(self, h_edit: Tensor, bank: Tensor | None, context: EditContext | None = None) -> None:
@@ -223,6 +241,11 @@ class SubjectRelationWeighting(WeightingNetwork):
         self.centre.copy_(F.normalize(self.whitening(context.same_subject), dim=-1).mean((0, 1)))
         self.key.copy_(F.normalize(self._direction(h_edit).mean(0), dim=0))
         self.margin.fill_(self.margins[context.question])
+        if context.template is not None and context.template_relations is not None:
+            keys = self._direction(context.template[:_TEMPLATES])
+            # the relation that is nearest in meaning may be the edit's own under another name
+            own = int(self.relations.same(self.key).argmax())
+            self.template_keys[: len(keys)] = keys * (context.template_relations[:_TEMPLATES] != own).unsqueeze(-1)
         subject = F.normalize(self.subject_whitening(context.subject), dim=-1).mean(0)
         self.subject_key.copy_(F.normalize(subject, dim=0))
         similar = F.normalize(self.subject_whitening(context.subject_bank), dim=-1) @ self.subject_key
