@@ -35,7 +35,7 @@ class BaftConfig:
     """What to choose, for a practitioner.
 
     The defaults suit single facts on a decoder of any size. Start with ``BaftConfig()``; if a paraphrase is missed,
-    lower ``weighting_options={"margin": -0.2}``; if a neighbour moves, raise it (0.0). ``weighting="constant"`` gives LoReFT
+    lower ``weighting_options={"margin": -0.4}``; if a neighbour moves, raise it (-0.1). ``weighting="constant"`` gives LoReFT
     for comparison, ``weighting="linear", locality_coefficient=1.0`` the plainest reading of the paper.
 
     Args:
@@ -65,6 +65,8 @@ class BaftConfig:
         augmentations: copies of each request, each behind another sentence that has nothing to do with it, that are trained
             along; 0 to 12. Of use where no gate decides (``linear``, ``constant``). A conversation has none.
         locality_coefficient: weight of the mean basis weight on the bank (locality regularisation).
+        output_coefficient: weight of the change of the next token's distribution (KL) on a few unrelated texts. They are run
+            through the whole model at every step, by the reference engine: slow, and of use where no gate decides.
         balance_coefficient: weight of the incremental load-balancing loss over bases.
         bank_size: unrelated texts that the model writes for itself (once a model, cached); 0 for none.
         max_grad_norm: clip an edit's gradient to this norm.
@@ -94,6 +96,7 @@ class BaftConfig:
     append_eos: bool = False
     augmentations: int = 0
     locality_coefficient: float = 0.0
+    output_coefficient: float = 0.0
     balance_coefficient: float = 0.0
     bank_size: int = 256
     max_grad_norm: float = 1.0
@@ -109,7 +112,13 @@ class BaftConfig:
         _whole(self, "seed", 0, MOST_SEED)
         _real(self, "learning_rate", 0.0, open_low=True)
         _real(self, "max_grad_norm", 0.0, open_low=True)
-        for name in ("weight_decay", "loss_target", "locality_coefficient", "balance_coefficient"):
+        for name in (
+            "weight_decay",
+            "loss_target",
+            "locality_coefficient",
+            "output_coefficient",
+            "balance_coefficient",
+        ):
             _real(self, name, 0.0)
         _choice(self, "allocation", get_args(Allocation))
         _choice(self, "bases", get_args(Bases))

@@ -38,7 +38,7 @@ from .requests import EditRequest
 from .stack import is_shared
 from .storage import DESCRIPTION, library_versions, read_directory
 from .store import MainStore, Store, open_store, write_directory
-from .training.bank import Bank, get_bank
+from .training.bank import Bank, get_bank, unrelated_texts
 from .training.engine import Job, Surroundings, TrainedEdit, encode_request, make_engine
 from .training.start import make_jobs, shared_context
 from .weighting import weighting_class
@@ -107,6 +107,7 @@ class BaftEditor:
         self.model_name = model_name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         self.bank_texts = None if bank_texts is None else tuple(bank_texts)
         self._cached_bank: Bank | None = None
+        self._cached_texts: list[list[int]] = []
         self._store: Store | MainStore | None = None
         give_pad_token(tokenizer, self.model_name)
         self.adapter = BaftAdapter(model, tokenizer, self.config)
@@ -643,7 +644,16 @@ class BaftEditor:
             for layer in self.adapter.layers:
                 earlier[layer] = lambda x, layer=layer: self.adapter.stack(layer, x.device).update(x)
         used = self.adapter.used() if self.config.balance_coefficient else {}
-        return Surroundings(self._bank().unrelated, used, earlier)
+        texts = self._texts() if self.config.output_coefficient else ()
+        return Surroundings(self._bank().unrelated, used, texts, earlier)
+
+    def _texts(self) -> list[list[int]]:
+        """Unrelated texts for the output loss, as ids; once an editor."""
+        if not self._cached_texts:
+            with self.adapter.enabled(False):
+                texts = unrelated_texts(self.model, self.tokenizer, self.bank_texts, seed=self.config.seed)
+            self._cached_texts = from_main(lambda: texts)
+        return self._cached_texts
 
     # ------------------------------------------------------------------------------------------ asking
 

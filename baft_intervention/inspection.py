@@ -25,7 +25,6 @@ from .models import compute_device
 from .stack import MAP_TENSORS
 from .tokenization import encode_prompt
 from .weighting import WeightingNetwork
-from .weighting.subject_relation import SAME_SENTENCE
 
 _NO_RIVAL = -1.5  # `similarities` gives -2 where nothing competes; a cosine is at least -1
 
@@ -274,7 +273,7 @@ def _view(
         related = over > 0
         if hasattr(network, "similarities"):
             own, nearest, template = (float(x) for x in network.similarities(best))
-            worded = template > max(nearest, SAME_SENTENCE)
+            worded = template > max(nearest, network.same_sentence)
             relation, rival = own, template if worded else nearest if nearest > _NO_RIVAL else None
     token = "" if subject_token is None else editor.tokenizer.decode([ids[subject_token]])
     said = _said(subject, token, relation, rival, over if network.routed and positions else None, worded)

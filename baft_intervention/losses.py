@@ -1,6 +1,6 @@
 """What training minimises.
 
-    loss = edit + locality_coefficient * locality + balance_coefficient * balance
+    loss = edit + locality_coefficient * locality + output_coefficient * output + balance_coefficient * balance
 
 The paper names a *locality regularisation* and an *incremental load-balancing loss*; their exact forms here are our
 reading, each stated below.
@@ -37,6 +37,19 @@ def locality_loss(weights: Tensor) -> Tensor:
     model and no forward pass is needed here.
     """
     return weights.mean(dim=(-2, -1))
+
+
+def output_loss(logits: Tensor, before: Tensor) -> Tensor:
+    """How far the next token's distribution has moved on unrelated texts: mean ``KL(p || p')`` in nats, ``()``. Ours.
+
+    Where :func:`locality_loss` asks that a gate be shut, this asks what comes of it: an update that changes no answer costs
+    nothing. The form is that of MEND's locality term (Mitchell et al. 2022, arXiv 2110.11309).
+
+    Args:
+        logits: ``(N, V)`` of ``p'``, the edited model's, at the last tokens of N texts.
+        before: ``(N, V)`` log-probabilities of ``p``, the unedited model's.
+    """
+    return F.kl_div(logits.float().log_softmax(-1), before, log_target=True, reduction="none").sum(-1).mean()
 
 
 def balance_loss(weights: Tensor, used: Tensor) -> Tensor:

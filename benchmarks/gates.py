@@ -24,7 +24,6 @@ from baft_intervention.data import load_requests
 from baft_intervention.training.reading import read_blocks
 from baft_intervention.training.start import make_jobs
 from baft_intervention.weighting import SubjectRelationWeighting
-from baft_intervention.weighting.subject_relation import SAME_SENTENCE
 
 PARTS = {
     "zsre": "zsre/zsre_mend_eval.json",
@@ -95,8 +94,8 @@ def probe_part(editor: BaftEditor, path: Path, args: argparse.Namespace) -> dict
                 "subject": float(network.of_prompt(tokens)),
                 "relation": float(own),
                 "nearest": float(nearest),
-                "template": float(template),
                 "margin": float(network.margin),
+                "in template": float(template > max(network.same_sentence, own)),
             }
             found[f"{probe.kind} {probe.group}".strip()].append(answer)
     return found
@@ -107,8 +106,7 @@ def shares(answers: list[dict[str, float]]) -> dict[str, float]:
         return round(100.0 * sum(condition(a) for a in answers) / len(answers), 1)
 
     def both(a: dict[str, float], margin: float) -> bool:
-        in_template = a["template"] > SAME_SENTENCE and a["template"] >= a["relation"]
-        return a["subject"] > 0 and a["relation"] > a["nearest"] + margin and not in_template
+        return a["subject"] > 0 and a["relation"] > a["nearest"] + margin and not a["in template"]
 
     row = {"n": float(len(answers)), "subject": share(lambda a: a["subject"] > 0)}
     row["both"] = share(lambda a: both(a, a["margin"]))

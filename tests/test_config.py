@@ -18,7 +18,8 @@ OTHER = BaftConfig(
     allocation="joint", order="breadth", mini_batch=4, epochs=3,
     bases="orthogonal", init="identity", schedule="constant", learning_rate=3e-3, weight_decay=0.1, steps=7,
     loss_target=0.5, append_eos=True, augmentations=2,
-    locality_coefficient=0.5, balance_coefficient=0.25, bank_size=9, max_grad_norm=2.0, seed=11, engine="reference",
+    locality_coefficient=0.5, output_coefficient=0.75, balance_coefficient=0.25,
+    bank_size=9, max_grad_norm=2.0, seed=11, engine="reference",
 )  # fmt: skip
 
 
@@ -69,6 +70,7 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ({"weight_decay": -0.1}, "weight_decay is -0.1; it must be a number of at least 0"),
         ({"loss_target": float("inf")}, "loss_target is inf"),
         ({"locality_coefficient": -1}, "locality_coefficient is -1"),
+        ({"output_coefficient": -1}, "output_coefficient is -1"),
         ({"balance_coefficient": False}, "balance_coefficient is False"),
         ({"order": "wide"}, "order is 'wide'; it must be one of auto, depth, breadth"),
         ({"mini_batch": -1}, "mini_batch is -1; it must be a whole number of at least 0"),

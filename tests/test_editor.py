@@ -63,6 +63,31 @@ def test_every_weighting_network_edits_and_keeps_several_edits_apart_enough(tiny
         assert next_word(tiny_llama, tokenizer, FRANCE.prompt) == FRANCE.target_new
 
 
+JOINT = {"allocation": "joint", "loss_target": 0.05}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, JOINT, {**JOINT, "mini_batch": 1}, {**JOINT, "order": "depth"}],
+    ids=["alone", "joint", "mini-batches", "depth"],
+)
+def test_the_output_loss_keeps_what_is_said_elsewhere(tiny_llama, tokenizer, changes):
+    texts = BANK[:4]
+
+    def moved(coefficient):
+        """Mean KL at the texts' ends, nats, after an edit that nothing else holds back."""
+        editor = tiny_editor(tiny_llama, tokenizer, weighting="constant", output_coefficient=coefficient, **changes)
+        before = [logits(tiny_llama, tokenizer, text).log_softmax(-1) for text in texts]
+        editor.edit([FRANCE, LEO] if changes else FRANCE)
+        after = [logits(tiny_llama, tokenizer, text).log_softmax(-1) for text in texts]
+        asked = LEO if changes else FRANCE
+        assert next_word(tiny_llama, tokenizer, asked.prompt) == asked.target_new
+        editor.detach()
+        return sum(float((b.exp() * (b - a)).sum()) for b, a in zip(before, after, strict=True)) / len(texts)
+
+    assert moved(1.0) < 0.5 * moved(0.0)
+
+
 @pytest.mark.parametrize("rule", ["last", "subject", "subject_all", "prompt", "all", "f1+l2"])
 def test_every_position_rule_edits(tiny_llama, tokenizer, rule):
     # attention carries little in a random model: a subject's token reaches the answer from several layers

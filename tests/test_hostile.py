@@ -72,7 +72,7 @@ def test_any_object_as_a_request(fields, prompt):
 
 OPTIONS = (
     "value", "initial_weight", "std", "hidden", "sharpness", "margin", "false_positive_rate", "subject_threshold",
-    "read_depth", "same_relation", "relation_threshold", "threshold",
+    "read_depth", "same_relation", "same_sentence", "relation_threshold", "threshold",
 )  # fmt: skip
 FIELDS = tuple(BaftConfig().to_dict())
 config_fields = some_of(*FIELDS, also=st.just("unknown"))

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from baft_intervention.losses import balance_loss, edit_loss, locality_loss, mean_use, target_accuracy
+from baft_intervention.losses import balance_loss, edit_loss, locality_loss, mean_use, output_loss, target_accuracy
 
 
 def logits_for(rows: list[list[list[float]]]) -> torch.Tensor:
@@ -50,6 +50,13 @@ def test_locality_is_the_mean_weight() -> None:
     weights = torch.tensor([[0.1, 0.3], [0.5, 0.7]])
     assert float(locality_loss(weights)) == pytest.approx(0.4)
     assert locality_loss(weights.expand(3, 2, 2)).shape == (3,)
+
+
+def test_the_output_loss_is_the_mean_divergence_from_before() -> None:
+    p, q = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]), torch.tensor([[0.25, 0.5, 0.25], [0.1, 0.8, 0.1]])
+    first = 0.5 * math.log(0.5 / 0.25) + 0.25 * math.log(0.25 / 0.5)
+    assert float(output_loss(q.log() + 3.0, p.log())) == pytest.approx(first / 2, rel=1e-6)  # logits need no norm
+    assert float(output_loss(p.log(), p.log())) == pytest.approx(0.0, abs=1e-7)
 
 
 def test_balance_is_the_squared_variation_of_total_use() -> None:

@@ -66,6 +66,23 @@ def write_texts(model: Any, tokenizer: Any, count: int, *, seed: int = 0, max_ne
     return texts
 
 
+def unrelated_texts(
+    model: Any, tokenizer: Any, texts: Sequence[str] | None, *, count: int = 16, seed: int = 0
+) -> list[list[int]]:
+    """At most ``count`` of a user's unrelated texts, or as many as the model writes, as ids of at most 64 tokens.
+
+    Raises:
+        ConfigError: none of the texts has a token.
+    """
+    texts = write_texts(model, tokenizer, count, seed=seed) if texts is None else texts
+    rows = [row for text in texts[:count] if (row := list(tokenizer(text)["input_ids"])[:64])]
+    if not rows:
+        raise ConfigError(
+            "the output loss needs unrelated texts, and bank_texts has none; leave them out to let the model write"
+        )
+    return rows
+
+
 def representations(
     model: nn.Module, tokenizer: Any, texts: Sequence[str], layers: Sequence[int], *, seed: int = 0
 ) -> dict[int, Tensor]:

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from ..config import BaftConfig
 from ..distributed import Together
 from ..errors import EditError
 from ..hooks import hook_block
-from ..losses import balance_loss, edit_loss, locality_loss, target_accuracy
+from ..losses import balance_loss, edit_loss, locality_loss, output_loss, target_accuracy
 from ..models import compute_device, find_blocks, spread
 from ..positions import prompt_positions
 from ..requests import EditRequest
@@ -91,13 +91,29 @@ class Surroundings:
     Args:
         bank: ``layer -> (N, d)`` unrelated representations, or empty.
         used: ``layer -> (r,)`` use of the bases by earlier edits.
+        texts: ids of unrelated texts, for the output loss; or empty.
         earlier: ``layer -> function (P, d) -> (P, d)``, the summed update of earlier edits, where those act beside
             the new one (networks that are not routed).
     """
 
     bank: Mapping[int, Tensor] = field(default_factory=dict)
     used: Mapping[int, Tensor] = field(default_factory=dict)
+    texts: Sequence[Sequence[int]] = ()
     earlier: Mapping[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+
+
+class Outside(NamedTuple):
+    """What the output loss looks at: inputs of the model, the places of their last tokens, and what stood there before.
+
+    Args:
+        batch: of N texts.
+        where: ``(N,)`` rows and columns.
+        before: ``(N, V)`` the unedited model's log-probabilities.
+    """
+
+    batch: dict[str, Any]
+    where: tuple[Tensor, Tensor]
+    before: Tensor
 
 
 def encode_request(tokenizer: Any, request: EditRequest, config: BaftConfig) -> Row:
@@ -240,6 +256,7 @@ class ReferenceEngine:
             parameters = [p for m in maps.values() for p in m.parameters() if p.requires_grad]
             optimiser = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
             loss = math.inf
+            outside = self.outside(around) if config.output_coefficient else None
             reached, steps = False, 0
             weights: dict[int, Tensor] = {}
             for steps in range(config.steps + 1):  # the last round only looks at the result
@@ -259,6 +276,9 @@ class ReferenceEngine:
                 with torch.enable_grad(), watching(together):
                     part = 1.0 if together is None else together.share
                     total = part * edit + self._regularisation(maps, weights, around, bank, together)
+                    if outside is not None:
+                        moved = output_loss(self.at_the_end(outside, maps, around), outside.before)
+                        total = total + part * config.output_coefficient * moved.to(total.device)
                     gradients = torch.autograd.grad(total, parameters, allow_unused=True)
                 for parameter, gradient in zip(parameters, summed(gradients, together), strict=True):
                     parameter.grad = gradient
@@ -268,6 +288,23 @@ class ReferenceEngine:
         used = {layer: use_of(weights[layer], together).cpu() for layer in self.layers}
         tensors = {layer: map_tensors(module) for layer, module in maps.items()}
         return TrainedEdit(tensors, used, loss, steps, time.perf_counter() - begin, reached)
+
+    def outside(self, around: Surroundings) -> Outside:
+        """What the output loss looks at, from the texts of ``around``."""
+        device = compute_device(self.model)
+        ids, mask = pad_rows(around.texts, pad_token_id(self.tokenizer))
+        batch = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
+        where = (torch.arange(len(ids)), mask.sum(1) - 1)
+        with torch.no_grad():
+            logits = self.model(**batch).logits
+            before = logits[tuple(index.to(logits.device) for index in where)].float().log_softmax(-1)
+        return Outside(batch, where, before)
+
+    def at_the_end(self, outside: Outside, maps: Mapping[int, BasisWeightedMap], around: Surroundings) -> Tensor:
+        """The edited model's logits ``(N, V)`` at the texts' last tokens."""
+        with self._hooked(maps, outside.where, around):
+            logits = self.model(**outside.batch).logits
+        return logits[tuple(index.to(logits.device) for index in outside.where)]
 
     @contextlib.contextmanager
     def _hooked(
@@ -341,7 +378,8 @@ def make_engine(
 ) -> ReferenceEngine | FastEngine | JointEngine:
     """The engine that ``config.engine`` names: ``reference``, or for ``auto`` the fast one where it can be.
 
-    A model that is not in one piece on one device is trained by the reference, which calls it as a user would. Joint requests
+    A model that is not in one piece on one device is trained by the reference, which calls it as a user would, and so is an edit
+    whose loss looks at the model's outputs elsewhere. Joint requests
     in an order, or in mini-batches, have an engine of their own above it.
     """
     from .fast import FastEngine  # they build on this module
@@ -350,7 +388,8 @@ def make_engine(
     reason = "" if config.engine == "reference" else spread(model)
     if reason:
         logger.warning("%s: %s; edits are trained by whole calls of it, not by the fast engine", _name(model), reason)
-    kind = ReferenceEngine if reason or config.engine == "reference" else FastEngine
+    whole = reason or config.engine == "reference" or config.output_coefficient
+    kind = ReferenceEngine if whole else FastEngine
     engine = kind(model, tokenizer, config, layers)
     in_order = config.allocation == "joint" and (config.order == "depth" or config.mini_batch)
     return JointEngine(engine) if in_order else engine

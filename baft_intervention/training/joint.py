@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from ..basis_map import BasisWeightedMap
 from ..hooks import hook_block
-from ..losses import balance_loss, locality_loss
+from ..losses import balance_loss, locality_loss, output_loss
 from ..models import compute_device
 from ..tokenization import pad_rows, pad_token_id
 from .engine import Job, ReferenceEngine, Row, Surroundings, TrainedEdit, check_loss, edit_seed, frozen, map_tensors
@@ -82,6 +82,7 @@ class JointEngine:
         config = dataclasses.replace(self.config, steps=most)  # the rate falls over all of them
         parameters = [p for m in job.maps.values() for p in m.parameters() if p.requires_grad]
         optimiser = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        outside = self.engine.outside(around) if config.output_coefficient else None  # a reference engine, then
         step = 0
         while step < most:
             total, all_hit = 0.0, True
@@ -89,6 +90,9 @@ class JointEngine:
                 with torch.enable_grad():
                     loss, hits, weights = self._loss(job, pieces[number](), around)
                     penalty = self._penalty(job, weights, around)
+                    if outside is not None:
+                        moved = output_loss(self.engine.at_the_end(outside, job.maps, around), outside.before)
+                        penalty = penalty + config.output_coefficient * moved
                 check_loss(float(loss.detach()), step, job, config)
                 gradients = torch.autograd.grad(loss + penalty, parameters, allow_unused=True)
                 for parameter, gradient in zip(parameters, gradients, strict=True):

@@ -17,9 +17,6 @@ from .cosine import gate
 _ANSWER_LIMIT = 0.85  # the same words in another sentence reach 0.9 to 1, other words 0.5
 _PARTS = 8  # tokens before the subject's last that are compared; names of more are rare
 _TEMPLATES = 8  # prompts in the edit's own words that are compared
-SAME_SENTENCE = (
-    0.5  # from here on a prompt is in the edit's words but for the relation's name; paraphrases reach 0.2 to 0.4
-)
 _LAST_LIMIT = 0.3  # of the last token alone: below it the others are not looked at
 _START_LIMIT = 0.85  # a word's forms ("Japan", "Japanese") reach 0.7 to 0.8 of each other at the start of a text
 
@@ -77,7 +74,7 @@ class SubjectRelationWeighting(WeightingNetwork):
     of X is") say something else, and lie nearer to the edit than any paraphrase. So an edit also knows its own sentence with
     eight other relations in it, ``T_i``, and
 
-        relation <= z.e - max_i z.T_i          where max_i z.T_i > 0.5.
+        relation <= z.e - max_i z.T_i          where max_i z.T_i > same_sentence.
 
     Nothing of it is trained: 21 d + 9 k + 12 stored numbers an edit.
 
@@ -88,6 +85,8 @@ class SubjectRelationWeighting(WeightingNetwork):
         relation_threshold: smallest ``theta_r``.
         margin: added to the competitors' similarity; larger is stricter, smaller more general.
         question_margin: the margin of an edit whose prompt is a question.
+        same_sentence: cosine to one of ``T`` from which a prompt is in the edit's own words; paraphrases reach 0.2 to 0.4. 1 leaves
+            this question out.
         same_relation: cosine of the second halves from which a row of ``V`` means what the edit means.
         components: ``k``; 0 leaves the second half out.
         false_positive_rate: share of the bank that may pass each of the two questions.
@@ -125,6 +124,7 @@ class SubjectRelationWeighting(WeightingNetwork):
         margin: float = -0.28,
         question_margin: float = 0.0,
         same_relation: float = 0.4,
+        same_sentence: float = 0.5,
         components: int = 60,
         false_positive_rate: float = 0.005,
         read_depth: float = 4 / 30,
@@ -138,12 +138,17 @@ class SubjectRelationWeighting(WeightingNetwork):
             raise ConfigError(f"components is {components}; it must not be negative")
         cosines = {"subject_threshold": subject_threshold, "name_threshold": name_threshold, "margin": margin}
         cosines["relation_threshold"] = relation_threshold
-        for name, value in {**cosines, "question_margin": question_margin, "same_relation": same_relation}.items():
+        for name, value in {
+            **cosines,
+            "question_margin": question_margin,
+            "same_relation": same_relation,
+            "same_sentence": same_sentence,
+        }.items():
             if not -1.0 <= value <= 1.0:
                 raise ConfigError(f"{name} is {value}; a cosine must be in [-1, 1]")
         if not 0.0 <= read_depth < 1.0:
             raise ConfigError(f"read_depth is {read_depth}; it must be in [0, 1)")
-        self.sharpness, self.same_relation = float(sharpness), same_relation
+        self.sharpness, self.same_relation, self.same_sentence = float(sharpness), same_relation, same_sentence
         self.margins = (float(margin), float(question_margin))
         self.subject_threshold, self.name_threshold = subject_threshold, name_threshold
         self.relation_threshold = relation_threshold
@@ -210,7 +215,7 @@ class SubjectRelationWeighting(WeightingNetwork):
     def match(self, h: Tensor, evidence: Tensor | None = None) -> Tensor:
         own, nearest, template = self.similarities(h)
         relation = own - torch.maximum(self.threshold.expand(own.shape), nearest + self.margin)
-        relation = torch.where(template > SAME_SENTENCE, torch.minimum(relation, own - template), relation)
+        relation = torch.where(template > self.same_sentence, torch.minimum(relation, own - template), relation)
         return relation if evidence is None else torch.minimum(relation, evidence)
 
     def forward(self, h: Tensor, evidence: Tensor | None = None) -> Tensor:
