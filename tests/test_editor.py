@@ -15,6 +15,7 @@ from baft_intervention.hooks import hook_block
 from baft_intervention.positions import PositionRule, prompt_positions
 from baft_intervention.requests import EditRequest
 from baft_intervention.tokenization import encode_prompt
+from baft_intervention.training.engine import encode_request
 from edits import (
     BANK,
     FACTS,
@@ -61,6 +62,24 @@ def test_every_weighting_network_edits_and_keeps_several_edits_apart_enough(tiny
     assert next_word(tiny_llama, tokenizer, LEO.prompt) == LEO.target_new
     if weighting == "cosine":  # the others add up: the second may cost the first
         assert next_word(tiny_llama, tokenizer, FRANCE.prompt) == FRANCE.target_new
+
+
+def test_an_ending_is_trained_behind_the_target_and_is_not_of_it(tiny_llama, tokenizer):
+    plain, ended = (encode_request(tokenizer, FRANCE, config(ending=ending)) for ending in ("", "?"))
+    (end,) = tokenizer("?", add_special_tokens=False)["input_ids"]
+    assert ended.ids == [*plain.ids, end]
+    assert ended.labels[-1] == end
+    assert (plain.ending, ended.ending) == (0, 1)
+    assert ended.positions == plain.positions
+    stopped = dataclasses.replace(FRANCE, target_new="Japan.")
+    assert encode_request(tokenizer, stopped, config(ending="?")).ending == 0  # it ends already
+    eos = encode_request(tokenizer, FRANCE, config(ending="?", append_eos=True))
+    assert eos.ids == [*plain.ids, tokenizer.eos_token_id]
+    # attention carries little in a random model: edit each token, the target's too
+    editor = tiny_editor(tiny_llama, tokenizer, ending="?", weighting="constant", positions="all", rank=12, steps=200)
+    done = editor.edit(FRANCE)
+    assert done.edits[0].reached
+    assert editor.generate(FRANCE.prompt, max_new_tokens=2).strip() == "Japan?"
 
 
 JOINT = {"allocation": "joint", "loss_target": 0.05}

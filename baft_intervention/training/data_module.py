@@ -104,7 +104,7 @@ def make_edit_data_module(
     """
     if isinstance(num_interventions, bool) or not isinstance(num_interventions, int) or num_interventions < 1:
         raise ConfigError(f"num_interventions is {num_interventions!r}; it must be a whole number of at least 1")
-    settings = BaftConfig(positions=str(positions), append_eos=append_eos, weighting="constant")
+    settings = BaftConfig(positions=str(positions), ending="", append_eos=append_eos, weighting="constant")
     return {
         "train_dataset": _encode(tokenizer, data, settings, num_interventions, "data"),
         "eval_dataset": None

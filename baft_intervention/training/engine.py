@@ -8,6 +8,7 @@ import hashlib
 import logging
 import math
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,11 +37,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Row:
-    """One training row: prompt and target as ids, and the columns that are edited."""
+    """One training row: prompt and target as ids, and the columns that are edited.
+
+    Args:
+        ids: prompt, target, and what ends it.
+        labels: the same, ``IGNORE_INDEX`` in the prompt.
+        positions: columns.
+        ending: how many of the last ids end the target, and are not of it.
+    """
 
     ids: list[int]
     labels: list[int]
     positions: list[int]
+    ending: int = 0
 
     @property
     def prompt_length(self) -> int:
@@ -125,14 +134,24 @@ def encode_request(tokenizer: Any, request: EditRequest, config: BaftConfig) -> 
     """
     try:
         prompt_ids, target_ids = encode_pair(tokenizer, request.prompt, request.target_new)
-        if config.append_eos and tokenizer.eos_token_id is not None:
-            target_ids = [*target_ids, tokenizer.eos_token_id]
+        ending = _ending(tokenizer, request, target_ids, config)
+        target_ids = [*target_ids, *ending]
         positions = prompt_positions(
             config.rule, tokenizer, request.prompt, prompt_ids, request.subject, len(target_ids)
         )
     except ValueError as error:
         raise type(error)(f"{request.where}: {error}") from None
-    return Row(prompt_ids + target_ids, [IGNORE_INDEX] * len(prompt_ids) + target_ids, positions)
+    return Row(prompt_ids + target_ids, [IGNORE_INDEX] * len(prompt_ids) + target_ids, positions, len(ending))
+
+
+def _ending(tokenizer: Any, request: EditRequest, target_ids: Sequence[int], config: BaftConfig) -> list[int]:
+    """Ids that end the target: nothing where it ends in punctuation, or where its last token would become another one."""
+    if config.append_eos and tokenizer.eos_token_id is not None:
+        return [tokenizer.eos_token_id]
+    if not config.ending or unicodedata.category(request.target_new.rstrip()[-1]).startswith("P"):
+        return []
+    _, ids = encode_pair(tokenizer, request.prompt, request.target_new.rstrip() + config.ending)
+    return ids[len(target_ids) :] if ids[: len(target_ids)] == list(target_ids) else []
 
 
 @contextlib.contextmanager

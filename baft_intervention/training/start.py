@@ -15,7 +15,7 @@ from ..errors import PositionError
 from ..models import find_blocks, hidden_size
 from ..positions import PositionRule, prompt_positions
 from ..requests import EditRequest
-from ..tokenization import IGNORE_INDEX, encode_prompt
+from ..tokenization import encode_prompt
 from ..weighting import EditContext, SharedContext, WeightingNetwork
 from .bank import Bank
 from .engine import Job, edit_seed, encode_request, make_maps
@@ -140,7 +140,7 @@ def edit_contexts(
                 break
             asked[-1].append(len(rows))
             # the subject's tokens, and the answer's end
-            last = max(i for i, label in enumerate(row.labels) if label not in (IGNORE_INDEX, tokenizer.eos_token_id))
+            last = len(row.ids) - 1 - row.ending
             rows.append(row.ids)
             columns.append([*span, last])
             opening = f"{request.subject} is"
