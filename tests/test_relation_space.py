@@ -201,7 +201,7 @@ def start(network: SubjectRelationWeighting, world: World, relation: int, form: 
     about = torch.stack([world.say(r, 0, S) for r in range(4)]).unsqueeze(0)
     noise = torch.randn(50, D, generator=torch.Generator().manual_seed(4))
     subject, answer = torch.randn(2, 1, D, generator=torch.Generator().manual_seed(6))
-    context = EditContext(subject, torch.zeros(1, D), about, noise, **({"answer": answer} | changes))  # type: ignore[arg-type]
+    context = EditContext(subject, torch.zeros(1, D), 0, about, noise, **({"answer": answer} | changes))  # type: ignore[arg-type]
     network.start_from(world.say(relation, form, S).unsqueeze(0), noise, context)
     return answer[0]
 

@@ -154,6 +154,7 @@ OPENINGS = (
 CENTRE_RELATIONS = ("purpose", "cause of death", "capital", "location")  # far apart: their mean is the subject's share
 TEMPLATE_RELATIONS = ("father", "mother", "spouse", "country", "occupation", "employer", "school", "team")
 COMPETING_FORMS = (0, 3, 5)  # of forms(): those in which a relation is called by its name
+QUESTION_FORM = 1
 SUBJECTS_A_FORM = 4
 
 

@@ -24,6 +24,7 @@ from .relations import (
     CENTRE_RELATIONS,
     COMPETING_FORMS,
     OPENINGS,
+    QUESTION_FORM,
     RELATIONS,
     ask,
     ask_in_chat,
@@ -111,7 +112,10 @@ def start_weightings(model: nn.Module, tokenizer: Any, layers: Sequence[int], jo
         end = begin + len(job.rows)
         for layer, module in job.maps.items():
             h_edit = torch.cat(own[layer][begin:end])
-            module.weighting.start_from(h_edit, bank.unrelated.get(layer), context[layer] if context else None)
+            strangers = (
+                bank.unrelated.get(layer) if context or not network.reads_subject else _strangers(bank, layer, job)
+            )
+            module.weighting.start_from(h_edit, strangers, context[layer] if context else None)
         begin = end
 
 
@@ -146,11 +150,15 @@ def edit_contexts(
             opening = f"{request.subject} is"
             ids = encode_prompt(tokenizer, opening)
             rows.append(ids)
-            columns.append(prompt_positions(_SUBJECT, tokenizer, opening, ids, request.subject))
+            columns.append(prompt_positions(_SUBJECT_ALL, tokenizer, opening, ids, request.subject))
             before, behind = around_question(request)
             asking = ask_in_chat if request.messages else ask  # in a conversation the last token is the template's
             for relation in CENTRE_RELATIONS:
-                read_last(before + asking(relation, request.subject or "") + behind)
+                prompt = before + asking(relation, request.subject or "") + behind
+                read_last(prompt)
+                if relation == CENTRE_RELATIONS[0] and span[0] == 0:
+                    # the first token of a text looks like any other first token: the subject is read where it stands inside one
+                    columns[-1] = _subject_and_last(tokenizer, prompt, rows[-1], request.subject)
         templates.append((len(rows), []))
         if len(asked[-1]) == 1 and not job.requests[0].messages:
             for relation, prompt in in_its_template(job.requests[0].prompt, job.requests[0].subject or ""):
@@ -165,20 +173,23 @@ def edit_contexts(
         if not first:
             contexts.append(None)
             continue
-        # whatever is said to a chat model, its last token is the template's: near it, as the rewordings of a question are
-        question = all(bool(r.messages) or r.prompt.rstrip().endswith("?") for r in job.requests)
-        subject = torch.cat([found[read_layer][i][-2:-1] for i in first])  # (n, d)
-        name = found[read_layer][first[0]][:-2] if len(first) == 1 else None  # (m, d)
+        question = _is_question(job)
+        tokens = [found[read_layer][i + 2 if len(columns[i + 2]) > 1 else i][:-1] for i in first]  # each (m, d)
+        subject = torch.stack([each[-1] for each in tokens])  # (n, d)
+        name = tokens[0][:-1] if len(first) == 1 else None  # (m, d)
         answer = torch.cat([found[read_layer][i][-1:] for i in first])  # (n, d)
-        # only a subject that is a single first token looks different there; a longer one ends on its usual token
-        start = torch.cat([found[read_layer][i + 1] * float(columns[i + 1] == [0]) for i in first])  # (n, d)
+        spelt = [len(columns[i + 1]) if columns[i + 1][0] == 0 else 0 for i in first]
+        start = torch.stack([found[read_layer][i + 1][-1] for i in first])  # (n, d)
+        start_tokens = spelt[0] if len(first) == 1 or set(spelt) == {1} else 0
         per_layer = {}
         for layer in layers:
-            about = torch.stack([torch.cat(found[layer][i + 2 : i + 2 + len(CENTRE_RELATIONS)]) for i in first])
+            asked_too = [[found[layer][i + 2 + k][-1] for k in range(len(CENTRE_RELATIONS))] for i in first]
+            about = torch.stack([torch.stack(each) for each in asked_too])  # (n, k, d)
             template = torch.cat(found[layer][begin : begin + len(relations)]) if relations else None  # (k, d)
             per_layer[layer] = EditContext(
                 subject,
                 start,
+                start_tokens,
                 about,
                 bank.unrelated[read_layer],
                 question=question,
@@ -191,4 +202,27 @@ def edit_contexts(
     return contexts
 
 
-_SUBJECT, _SUBJECT_ALL = PositionRule("subject"), PositionRule("subject_all")
+def _subject_and_last(tokenizer: Any, prompt: str, ids: Sequence[int], subject: str | None) -> list[int]:
+    """Columns of the subject's tokens and of the last one; of the last alone where the subject cannot be told from the prompt."""
+    try:
+        return [*prompt_positions(_SUBJECT_ALL, tokenizer, prompt, ids, subject), len(ids) - 1]
+    except PositionError:
+        return [len(ids) - 1]
+
+
+def _strangers(bank: Bank, layer: int, job: Job) -> Tensor | None:
+    """What a job without a subject is calibrated on, ``(N, d)``: prompts of its own kind, for one question is like another."""
+    if layer not in bank.relations:
+        return bank.unrelated.get(layer)
+    question = _is_question(job)
+    same_kind = torch.tensor([(asked.form == QUESTION_FORM) == question for asked in dictionary()])
+    found = bank.relations[layer][same_kind]
+    return found if question else torch.cat([bank.unrelated[layer], found])
+
+
+def _is_question(job: Job) -> bool:
+    # whatever is said to a chat model, its last token is the template's: near it, as the rewordings of a question are
+    return all(bool(r.messages) or r.prompt.rstrip().endswith("?") for r in job.requests)
+
+
+_SUBJECT_ALL = PositionRule("subject_all")

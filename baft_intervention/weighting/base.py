@@ -43,7 +43,9 @@ class EditContext:
 
     Args:
         subject: ``(n, d)`` representations of the subject's last token at the read layer, one a request.
-        start: ``(n, d)`` the same where the subject begins a text as a single token; rows of 0 for longer subjects.
+        start: ``(n, d)`` the same where the subject begins a text.
+        start_tokens: how many tokens it has there; 0 where a text begins with a special token, and for several requests whose
+            subjects are not single tokens.
         same_subject: ``(n, k, d)`` last-token representations of a few prompts about the same subject.
         subject_bank: ``(N, d)`` unrelated representations at the read layer.
         question: whether every prompt is a question.
@@ -56,6 +58,7 @@ class EditContext:
 
     subject: Tensor
     start: Tensor
+    start_tokens: int
     same_subject: Tensor
     subject_bank: Tensor
     question: bool = False

@@ -18,6 +18,7 @@ _ANSWER_LIMIT = 0.85  # the same words in another sentence reach 0.9 to 1, other
 _PARTS = 8  # tokens before the subject's last that are compared; names of more are rare
 _TEMPLATES = 8  # prompts in the edit's own words that are compared
 _LAST_LIMIT = 0.3  # of the last token alone: below it the others are not looked at
+_START_LAST_LIMIT = 0.9  # of the last of several tokens at the start of a text: the same tokens give 1
 _START_LIMIT = 0.85  # a word's forms ("Japan", "Japanese") reach 0.7 to 0.8 of each other at the start of a text
 
 
@@ -50,9 +51,10 @@ class SubjectRelationWeighting(WeightingNetwork):
         subject = (c_last + mean_i c_i) / 2 - theta_n      for others,      c = max_t cos(S_early(h_t - mu), s),
 
     ``s`` the subject's last token in the edit's own prompt, and ``s_i`` those before it, at most eight. One in a thousand
-    edits has a subject that ends on a word of any given question ("The Green *Ripper*"); none has all its words there. (The
-    first token of a text looks like any other first token; a subject that is one token has a second key for that place,
-    compared after the mean of common first words is taken away.)
+    edits has a subject that ends on a word of any given question ("The Green *Ripper*"); none has all its words there. The first
+    token of a text looks like any other first token: where the edit's prompt begins with its subject, the subject is read inside
+    another prompt. A text that begins with it is known by a second key, the last token there: what precedes it is always the
+    same, so it is nearly the same vector (0.9; a single token 0.85, after the mean of common first words is taken away).
 
     A prompt that names the edit's answer behind its subject ("The capital of Japan, which is not Osaka, is") does not ask for it:
     the edit stays closed where ``cos(S_early(h_t - mu), s') > 0.85`` for such a token, ``s'`` the answer's last token behind
@@ -76,7 +78,7 @@ class SubjectRelationWeighting(WeightingNetwork):
 
         relation <= z.e - max_i z.T_i          where max_i z.T_i > same_sentence.
 
-    Nothing of it is trained: 21 d + 9 k + 12 stored numbers an edit.
+    Nothing of it is trained: 21 d + 9 k + 13 stored numbers an edit.
 
     Args:
         sharpness: ``a``.
@@ -105,6 +107,7 @@ class SubjectRelationWeighting(WeightingNetwork):
     margin: Tensor
     subject_key: Tensor
     start_key: Tensor
+    start_tokens: Tensor
     part_keys: Tensor
     part_share: Tensor
     subject_limit: Tensor
@@ -161,11 +164,12 @@ class SubjectRelationWeighting(WeightingNetwork):
         self.register_buffer("threshold", torch.tensor(float(relation_threshold)))  # theta_r
         self.register_buffer("margin", torch.tensor(float(margin)))
         self.register_buffer("subject_key", torch.zeros(embed_dim))  # s
-        self.register_buffer("start_key", torch.zeros(embed_dim))  # s at the start of a text; 0 for longer subjects
+        self.register_buffer("start_key", torch.zeros(embed_dim))  # s at the start of a text
         self.register_buffer(
             "part_keys", torch.zeros(_PARTS, embed_dim)
         )  # s_i, the last ones first; 0 where there are none
         self.register_buffer("part_share", torch.zeros(_PARTS))  # of the mean
+        self.register_buffer("start_tokens", torch.tensor(0.0))  # how many tokens it has at the start of a text
         self.register_buffer("answer_key", torch.zeros(embed_dim))  # s'
         self.register_buffer("subject_limit", torch.tensor(float(subject_threshold)))  # theta_s
         self.register_buffer(
@@ -185,17 +189,34 @@ class SubjectRelationWeighting(WeightingNetwork):
         found = torch.where(
             (self.part_share.sum() > 0) & (found <= 0), torch.full_like(found, -1.0), found
         )  # no need to look on
-        if len(self.starts.directions):
-            found = torch.maximum(found, self._first_word(unit) @ self.start_key - _START_LIMIT)
+        found = torch.maximum(found, self._at_start(unit))
         return torch.where(self.has_subject > 0, found, torch.ones_like(found))
 
     def parts(self, h: Tensor) -> Tensor:
-        return F.normalize(self.subject_whitening(h), dim=-1) @ self.part_keys.mT
+        unit = F.normalize(self.subject_whitening(h), dim=-1)
+        others = torch.stack([unit @ self.subject_key, self._at_start(unit)], dim=-1)
+        return torch.cat([unit @ self.part_keys.mT, others], dim=-1)
 
     def whole(self, evidence: Tensor, parts: Tensor) -> Tensor:
-        both = 0.5 * (evidence + self.subject_limit + (parts * self.part_share).sum(-1)) - self.name_threshold
-        both = torch.where(both > 0, both, torch.full_like(both, -1.0))  # nearly named is not named: edits are many
-        return torch.where(self.part_share.sum() * self.has_subject > 0, both, evidence)
+        found, last, at_start = parts[..., :_PARTS], parts[..., _PARTS], parts[..., _PARTS + 1]
+        named = torch.where(
+            self.part_share.sum() > 0,
+            0.5 * (last + (found * self.part_share).sum(-1)) - self.name_threshold,
+            last - self.subject_limit,
+        )
+        named = torch.maximum(named, at_start)
+        named = torch.where(named > 0, named, torch.full_like(named, -1.0))  # nearly named is not named: edits are many
+        return torch.where(self.has_subject > 0, named, evidence)
+
+    def _at_start(self, unit: Tensor) -> Tensor:
+        """Above 0 where the token ends a subject that begins the text: there its representation is always the same."""
+        single = torch.full_like(unit[..., 0], -1.0)
+        if len(self.starts.directions):
+            single = self._first_word(unit) @ self.start_key - _START_LIMIT
+        longer = unit @ self.start_key - _START_LAST_LIMIT
+        return torch.where(
+            self.start_tokens > 1, longer, torch.where(self.start_tokens > 0, single, torch.full_like(single, -1.0))
+        )
 
     def mention(self, h: Tensor) -> Tensor:
         return F.normalize(self.subject_whitening(h), dim=-1) @ self.answer_key - _ANSWER_LIMIT
@@ -260,9 +281,11 @@ class SubjectRelationWeighting(WeightingNetwork):
             self.part_keys[: len(keys)] = keys
             self.part_share[: len(keys)] = 1.0 / len(keys)
             self.subject_limit.fill_(min(_LAST_LIMIT, self.name_threshold))
-        if context.start.abs().sum(-1).min() > 0:
-            start = self._first_word(F.normalize(self.subject_whitening(context.start), dim=-1)).mean(0)
+        if context.start_tokens:
+            start = F.normalize(self.subject_whitening(context.start), dim=-1)
+            start = (self._first_word(start) if context.start_tokens == 1 else start).mean(0)
             self.start_key.copy_(F.normalize(start, dim=0))
+            self.start_tokens.fill_(float(context.start_tokens))
         if context.answer is not None and len(context.answer) == 1:  # of several answers none is the edit's
             self.answer_key.copy_(F.normalize(self.subject_whitening(context.answer[0]), dim=-1))
         self.has_subject.fill_(1.0)
