@@ -11,9 +11,11 @@ from baft_intervention.editor import BaftEditor
 from baft_intervention.errors import ConfigError
 from baft_intervention.relation_space import RelationSpace
 from baft_intervention.requests import EditRequest
+from baft_intervention.training.reading import read_blocks
 from baft_intervention.training.relations import (
     CENTRE_RELATIONS,
     COMMON_SUBJECTS,
+    QUESTION_FORM,
     RELATIONS,
     SUBJECTS_A_FORM,
     TEMPLATE_RELATIONS,
@@ -21,6 +23,7 @@ from baft_intervention.training.relations import (
     forms,
     in_its_template,
 )
+from baft_intervention.training.start import make_jobs
 from baft_intervention.weighting import EditContext, SharedContext, SubjectRelationWeighting
 
 D, M, F_, S, K = 24, 8, 4, 6, 6
@@ -343,5 +346,65 @@ def test_smollm2_asks_the_right_questions(smollm2) -> None:
             with editor.adapter.enabled(False):
                 before = editor.generate(prompt, max_new_tokens=6)
             assert editor.generate(prompt, max_new_tokens=6) == before, prompt
+    finally:
+        editor.adapter.detach()
+
+
+def started(editor: BaftEditor, *requests: EditRequest) -> list[SubjectRelationWeighting]:
+    """The requests' gates, as an edit would start them."""
+    editor.prepare()
+    layers, shared = editor.adapter.layers, editor.adapter.shared
+    groups = [[request] for request in requests]
+    jobs = make_jobs(editor.model, editor.tokenizer, editor.config, layers, groups, shared=shared, bank=editor._bank())
+    return [job.maps[layers[0]].weighting for job in jobs]  # type: ignore[misc]
+
+
+def named(editor: BaftEditor, gate: SubjectRelationWeighting, *prompts: str) -> list[bool]:
+    """Whether each prompt names the gate's subject."""
+    rows = [list(editor.tokenizer(p)["input_ids"]) for p in prompts]
+    layer = editor.adapter.read_layer
+    assert layer is not None
+    found = read_blocks(editor.model, editor.tokenizer, rows, [range(len(row)) for row in rows], [layer])[layer]
+    return [float(gate.of_prompt(tokens)) > 0 for tokens in found]
+
+
+def test_an_edit_without_a_subject_is_calibrated_on_prompts_of_its_own_kind(tiny_llama, tokenizer) -> None:
+    editor = BaftEditor(tiny_llama, tokenizer)
+    question, statement = started(
+        editor,
+        EditRequest("What is the capital of France?", "Rome"),
+        EditRequest("The capital of France is", "Rome"),
+    )
+    layer = editor.adapter.layers[0]
+    asked = editor._bank().relations[layer]
+    is_question = torch.tensor([a.form == QUESTION_FORM for a in dictionary()])
+    for network, kind in ((question, is_question), (statement, ~is_question)):
+        assert float(network.has_subject) == 0.0
+        assert (network.match(asked[kind]) > 0).float().mean() <= 2 * network.false_positive_rate
+
+
+@pytest.mark.slow
+def test_smollm2_tells_subjects_that_begin_a_text(smollm2) -> None:
+    model, tokenizer = smollm2
+    editor = BaftEditor(model, tokenizer)
+    try:
+        one, several, otherwise = started(
+            editor,
+            EditRequest("Bay, which is located in", "Texas", subject="Bay"),
+            EditRequest("Narman is located in", "Iran", subject="Narman"),
+            EditRequest(
+                "The official language of Armenia is", "Dutch", subject="Armenia"
+            ),  # "Ar", "men", "ia" at the start
+        )
+        others = (
+            "Books Through Bars, whose headquarters are in",
+            "Naruto, that originated in",
+            "Romania is full of people who speak",
+        )
+        for gate in (one, several, otherwise):
+            assert named(editor, gate, *others) == [False] * 3
+        assert named(editor, one, "Bay is in", "It rained. Bay can be found in") == [True, True]
+        assert named(editor, several, "Narman can be found in", "It rained. Narman is a town in") == [True, True]
+        assert named(editor, otherwise, "Armenia is full of people who speak", "In Armenia they speak") == [True, True]
     finally:
         editor.adapter.detach()
