@@ -70,7 +70,8 @@ class SubjectRelationWeighting(WeightingNetwork):
     the nearest-neighbour question: is this prompt closer to the edit's than to any other relation? Rows of ``V`` that mean what
     the edit means (``same_relation``) do not compete. A question is reworded as a question, and its rewordings are near it:
     it takes a larger margin than a sentence left unfinished, whose rewordings end in any word. A request without a subject
-    has ``c = 0``, the plain cosine and no competitors, and ``theta_r`` is calibrated on the bank, as in the ``cosine`` network.
+    has ``c = 0``, the plain cosine and no competitors, and ``theta_r`` is calibrated on prompts of its own kind: the dictionary's
+    questions for a question, the bank and the dictionary's other forms for the rest.
 
     A paraphrase says the same in other words; the same words but for the relation's name ("The mother of X is" for "The father
     of X is") say something else, and lie nearer to the edit than any paraphrase. So an edit also knows its own sentence with
@@ -210,13 +211,15 @@ class SubjectRelationWeighting(WeightingNetwork):
 
     def _at_start(self, unit: Tensor) -> Tensor:
         """Above 0 where the token ends a subject that begins the text: there its representation is always the same."""
-        single = torch.full_like(unit[..., 0], -1.0)
-        if len(self.starts.directions):
-            single = self._first_word(unit) @ self.start_key - _START_LIMIT
-        longer = unit @ self.start_key - _START_LAST_LIMIT
-        return torch.where(
-            self.start_tokens > 1, longer, torch.where(self.start_tokens > 0, single, torch.full_like(single, -1.0))
-        )
+        along = unit @ self.start_key
+        longer = along - _START_LAST_LIMIT
+        if len(self.starts.directions):  # the cosine of _first_word, from the same product
+            mean = self.starts.directions.mean(0)
+            single = (along - mean @ self.start_key) / (unit - mean).norm(dim=-1).clamp(min=1e-12) - _START_LIMIT
+        else:
+            single = torch.full_like(along, -1.0)
+        found = torch.where(self.start_tokens > 1, longer, single)
+        return torch.where(self.start_tokens > 0, found, torch.full_like(found, -1.0))
 
     def mention(self, h: Tensor) -> Tensor:
         return F.normalize(self.subject_whitening(h), dim=-1) @ self.answer_key - _ANSWER_LIMIT
