@@ -11,7 +11,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +111,8 @@ class Surroundings:
     earlier: Mapping[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
 
-class Outside(NamedTuple):
+@dataclass(frozen=True)
+class Outside:
     """What the output loss looks at: inputs of the model, the places of their last tokens, and what stood there before.
 
     Args:

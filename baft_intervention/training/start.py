@@ -154,11 +154,11 @@ def edit_contexts(
             before, behind = around_question(request)
             asking = ask_in_chat if request.messages else ask  # in a conversation the last token is the template's
             for relation in CENTRE_RELATIONS:
-                prompt = before + asking(relation, request.subject or "") + behind
+                prompt = before + asking(relation, _inside(request.subject or "")) + behind
                 read_last(prompt)
                 if relation == CENTRE_RELATIONS[0] and span[0] == 0:
                     # the first token of a text looks like any other first token: the subject is read where it stands inside one
-                    columns[-1] = _subject_and_last(tokenizer, prompt, rows[-1], request.subject)
+                    columns[-1] = _subject_and_last(tokenizer, prompt, rows[-1], _inside(request.subject or ""))
         templates.append((len(rows), []))
         if len(asked[-1]) == 1 and not job.requests[0].messages:
             for relation, prompt in in_its_template(job.requests[0].prompt, job.requests[0].subject or ""):
@@ -208,6 +208,12 @@ def _subject_and_last(tokenizer: Any, prompt: str, ids: Sequence[int], subject: 
         return [*prompt_positions(_SUBJECT_ALL, tokenizer, prompt, ids, subject), len(ids) - 1]
     except PositionError:
         return [len(ids) - 1]
+
+
+def _inside(subject: str) -> str:
+    """A subject as it is written inside a sentence: "The telephone" is "the telephone" there."""
+    article, space, rest = subject.partition(" ")
+    return article.lower() + space + rest if space and article in ("The", "A", "An") else subject
 
 
 def _strangers(bank: Bank, layer: int, job: Job) -> Tensor | None:
