@@ -75,7 +75,7 @@ def unrelated_texts(
         ConfigError: none of the texts has a token.
     """
     texts = write_texts(model, tokenizer, count, seed=seed) if texts is None else texts
-    rows = [row for text in texts[:count] if (row := list(tokenizer(text)["input_ids"])[:64])]
+    rows = _encoded(tokenizer, texts[:count])
     if not rows:
         raise ConfigError(
             "the output loss needs unrelated texts, and bank_texts has none; leave them out to let the model write"
@@ -93,7 +93,7 @@ def representations(
         layers: 0-based block numbers.
         seed: of the choice of inner tokens.
     """
-    rows = [row for text in texts if (row := list(tokenizer(text)["input_ids"])[:64])]
+    rows = _encoded(tokenizer, texts)
     if not rows:
         raise ConfigError("a bank needs at least one text; leave the texts out to let the model write some")
     generator = torch.Generator().manual_seed(seed)
@@ -189,6 +189,11 @@ def get_bank(
         tensors.update({f"starts.{layer}": tensor for layer, tensor in bank.starts.items()})
         _store(path, {name: tensor.contiguous() for name, tensor in tensors.items()})
     return bank
+
+
+def _encoded(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """The first 64 ids of each text that has any."""
+    return [row for text in texts if (row := list(tokenizer(text)["input_ids"])[:64])]
 
 
 def _digest(value: Any) -> str:

@@ -110,7 +110,7 @@ class WeightingNetwork(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} reads no subject")
 
     def parts(self, h: Tensor) -> Tensor:
-        """``h (..., d)`` at the read layer -> ``(..., k)``: how well the token fits each of the subject's other tokens."""
+        """``h (..., d)`` at the read layer -> ``(..., k)``: how well the token fits each thing that :meth:`whole` looks for."""
         return h.new_zeros(*h.shape[:-1], 0)
 
     def whole(self, evidence: Tensor, parts: Tensor) -> Tensor:

@@ -187,3 +187,10 @@ def test_sweep_prints_a_row_a_combination(tmp_path, capsys, monkeypatch):
     assert len(rows) == 2
     assert "learning_rate 0.001" in rows[0]
     assert sweep.main(["--method", "lorra", "--data-dir", str(tmp_path), "--parts", "zsre"]) == 2
+
+
+@pytest.mark.parametrize("cell", ["zsre.baft-linear.single", "wikibio.baft.single", "convsent.baft.single"])
+def test_kept_results_can_be_gone_on_with_after_a_setting_is_added(cell: str) -> None:
+    kept = json.loads((HERE / "results" / "smollm2" / cell / "run.json").read_text(encoding="utf-8"))
+    settings = make_method(kept["method"], {}).settings()
+    assert set(settings["config"]) == set(kept["settings"]["config"])

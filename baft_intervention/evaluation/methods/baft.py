@@ -17,7 +17,7 @@ from .base import Method, as_edit_error, register_method
 
 # settings that are younger than results that are kept: at their defaults a run is the same as before there were any, and can
 # be gone on with
-_LATER = ("augmentations", "bases", "epochs", "mini_batch", "order")
+_LATER = ("augmentations", "bases", "ending", "epochs", "mini_batch", "order", "output_coefficient")
 
 
 @register_method("baft")
