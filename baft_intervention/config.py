@@ -35,7 +35,7 @@ class BaftConfig:
     """What to choose, for a practitioner.
 
     The defaults suit single facts on a decoder of any size. Start with ``BaftConfig()``; if a paraphrase is missed,
-    lower ``weighting_options={"margin": -0.4}``; if a neighbour moves, raise it (-0.1). ``weighting="constant"`` gives LoReFT
+    lower ``weighting_options={"margin": -0.45}``; if a neighbour moves, raise it (-0.2). ``weighting="constant"`` gives LoReFT
     for comparison, ``weighting="linear", locality_coefficient=1.0`` the plainest reading of the paper.
 
     Args:

@@ -31,7 +31,7 @@ PARTS = {
     "wiki_counterfact": "knowedit/wiki_counterfact/train_cf.json",
     "wiki_recent": "knowedit/wiki_recent/recent_train.json",
 }
-MARGINS = (-0.35, -0.28, -0.2, -0.1, 0.0)
+MARGINS = (-0.45, -0.34, -0.28, -0.2, -0.1, 0.0)
 
 
 def main() -> int:
