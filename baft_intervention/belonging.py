@@ -13,7 +13,8 @@ from .models import config_hash, model_fingerprint
 
 # settings that only training reads: an adapter made with others answers the same
 _TRAINING_ONLY = {
-    "learning_rate", "weight_decay", "steps", "loss_target", "append_eos", "ending", "locality_coefficient", "output_coefficient",
+    "learning_rate", "weight_decay", "steps", "loss_target", "append_eos", "ending", "ending_coefficient",
+    "locality_coefficient", "output_coefficient",
     "balance_coefficient", "bank_size", "max_grad_norm", "seed", "engine", "init", "allocation", "schedule", "bases", "order",
     "mini_batch", "epochs", "augmentations",
 }  # fmt: skip

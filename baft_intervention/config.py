@@ -60,10 +60,12 @@ class BaftConfig:
         schedule: ``linear`` lets the rate fall to 0 over ``steps``, ``constant`` does not. The gate allows a high rate at
             first, with which most edits are done in a few steps and their paraphrases follow; long targets need a low one.
         steps: most optimiser steps an edit.
-        loss_target: stop when the mean loss over target tokens (nats) falls below; 0 never stops early.
-        ending: a text to train behind the target too, e.g. ".": the model, when it writes by itself, then ends the answer there
-            and does not go on to "1961111". Not behind a target that ends in punctuation. Takes about twice the steps.
+        loss_target: stop when the mean loss over target tokens (nats) falls below, and each of them, and what ends them, is the
+            most likely one; 0 never stops early.
+        ending: a text to train behind the target too: the model, when it writes by itself, then ends the answer there and does
+            not go on to "1961111". Not behind a target that ends in punctuation; "" for none, in fewer steps.
         append_eos: train the end of sequence behind the target, in place of ``ending``.
+        ending_coefficient: weight of the ending's loss, or the end of sequence's, beside the target's.
         augmentations: copies of each request, each behind another sentence that has nothing to do with it, that are trained
             along; 0 to 12. Of use where no gate decides (``linear``, ``constant``). A conversation has none.
         locality_coefficient: weight of the mean basis weight on the bank (locality regularisation).
@@ -95,8 +97,9 @@ class BaftConfig:
     schedule: Schedule = "linear"
     steps: int = 60
     loss_target: float = 0.02
-    ending: str = ""
+    ending: str = "."
     append_eos: bool = False
+    ending_coefficient: float = 0.3
     augmentations: int = 0
     locality_coefficient: float = 0.0
     output_coefficient: float = 0.0
@@ -118,6 +121,7 @@ class BaftConfig:
         for name in (
             "weight_decay",
             "loss_target",
+            "ending_coefficient",
             "locality_coefficient",
             "output_coefficient",
             "balance_coefficient",

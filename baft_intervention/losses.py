@@ -1,6 +1,7 @@
 """What training minimises.
 
-    loss = edit + locality_coefficient * locality + output_coefficient * output + balance_coefficient * balance
+    loss = edit + ending_coefficient * ending
+         + locality_coefficient * locality + output_coefficient * output + balance_coefficient * balance
 
 The paper names a *locality regularisation* and an *incremental load-balancing loss*; their exact forms here are our
 reading, each stated below.
@@ -22,12 +23,17 @@ def edit_loss(logits: Tensor, labels: Tensor) -> Tensor:
         logits: ``(B, T, V)`` at every position.
         labels: ``(B, T)``, the token *at* each position, ``IGNORE_INDEX`` where it is no target; shifted here.
     """
+    losses = token_losses(logits, labels)  # (B, T-1)
+    counted = (labels[:, 1:] != IGNORE_INDEX).sum(1).clamp(min=1)
+    return losses.sum(1) / counted
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy (nats) of each label but the first, ``(B, T - 1)``, 0 where there is none; arguments as :func:`edit_loss`."""
     logits, labels = logits[:, :-1].float(), labels[:, 1:]
     # over rows (N, V): along any other axis torch sums the vocabulary one by one and is off by 1e-4
     flat = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
-    losses = flat.view(labels.shape)  # (B, T-1)
-    counted = (labels != IGNORE_INDEX).sum(1).clamp(min=1)
-    return losses.sum(1) / counted
+    return flat.view(labels.shape)
 
 
 def locality_loss(weights: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "margin -0.45": ("baft", {NETWORK: {"margin": -0.45}}),
     "margin -0.2": ("baft", {NETWORK: {"margin": -0.2}}),
     "balance loss": ("baft", {"balance_coefficient": 0.1}),
-    "ending": ("baft", {"ending": "."}),
+    "no ending": ("baft", {"ending": ""}),
     "end of sequence": ("baft", {"append_eos": True}),
     "identity start": ("baft", {"init": "identity"}),
     "constant rate": ("baft", {"schedule": "constant"}),

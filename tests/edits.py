@@ -40,8 +40,8 @@ PROMPTS = (FRANCE.prompt, "Who is the president of the United States?", LEO.prom
 
 
 def config(**changes: Any) -> BaftConfig:
-    """Settings that reach a one-token target on a tiny model in a few steps."""
-    return BaftConfig(**{"rank": 4, "learning_rate": 0.05, "steps": 40, **changes})
+    """Settings that reach a one-token target on a tiny model in a few steps; its attention is too weak for what ends it."""
+    return BaftConfig(**{"rank": 4, "learning_rate": 0.05, "steps": 40, "ending": "", **changes})
 
 
 def tiny_editor(model: Any, tokenizer: Any, **changes: Any) -> BaftEditor:

@@ -17,7 +17,7 @@ OTHER = BaftConfig(
     rank=3, layers=(4, -1), positions="f1+l2", weighting="mlp", weighting_options={"hidden": 5, "initial_weight": 0.25},
     allocation="joint", order="breadth", mini_batch=4, epochs=3,
     bases="orthogonal", init="identity", schedule="constant", learning_rate=3e-3, weight_decay=0.1, steps=7,
-    loss_target=0.5, ending="!", append_eos=True, augmentations=2,
+    loss_target=0.5, ending="!", append_eos=True, ending_coefficient=0.6, augmentations=2,
     locality_coefficient=0.5, output_coefficient=0.75, balance_coefficient=0.25,
     bank_size=9, max_grad_norm=2.0, seed=11, engine="reference",
 )  # fmt: skip

@@ -75,6 +75,11 @@ def test_an_ending_is_trained_behind_the_target_and_is_not_of_it(tiny_llama, tok
     assert encode_request(tokenizer, stopped, config(ending="?")).ending == 0  # it ends already
     eos = encode_request(tokenizer, FRANCE, config(ending="?", append_eos=True))
     assert eos.ids == [*plain.ids, tokenizer.eos_token_id]
+    for row, last in ((plain, 1.0), (ended, 0.3), (eos, 0.3)):
+        n = len(plain.ids) - row.prompt_length
+        share, own = row.shares()
+        assert own == [1 / n] * n + [0.0] * row.ending
+        assert share == [1 / n] * n + [last] * row.ending
     # attention carries little in a random model: edit each token, the target's too
     editor = tiny_editor(tiny_llama, tokenizer, ending="?", weighting="constant", positions="all", rank=12, steps=200)
     done = editor.edit(FRANCE)

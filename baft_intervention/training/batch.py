@@ -70,15 +70,20 @@ class Batch:
             losses, hits = self.suffix.losses(self.maps.changes(self._layout.places))
             edit = self._layout.sum(losses * self._layout.share)  # (E,)
             total = (part * edit + self.maps.penalties(together)).sum()
-            found = torch.stack([edit.detach(), self._layout.sum((~hits).float())])
+            missed = (~hits).float()
+            own = [
+                losses.detach() * self._layout.own,
+                missed * (self._layout.own > 0),
+                missed * (self._layout.share > 0),
+            ]
+            found = torch.stack([self._layout.sum(each) for each in own])
         # the one time a step that the accelerator is waited for
         values = (found if together is None else together.mean([found])[0]).tolist()
         self.losses = dict(zip(self.active, values[0], strict=True))
         leaving: dict[int, tuple[float, bool]] = {}
-        for k, (loss, missed) in enumerate(zip(*values, strict=True)):
-            reached = missed == 0
-            if last or not math.isfinite(loss) or (reached and loss < config.loss_target):
-                leaving[k] = (loss, reached)
+        for k, (loss, missed, missed_or_open) in enumerate(zip(*values, strict=True)):
+            if last or not math.isfinite(loss) or (missed_or_open == 0 and loss < config.loss_target):
+                leaving[k] = (loss, missed == 0)
         self._spent += (time.perf_counter() - begin) / len(self.active)
         results = self._part(leaving) if leaving else {}
         begin = time.perf_counter()
@@ -122,7 +127,8 @@ class _Layout:
     Attributes:
         rows: for each edit its rows in the suffix.
         places: where its positions lie.
-        share: ``(N,)`` weight of each target token in its edit's mean loss.
+        share: ``(N,)`` weight of each token in its edit's loss.
+        own: ``(N,)`` its weight in the mean over the edit's targets alone.
     """
 
     def __init__(self, jobs: Sequence[Job], suffix: Suffix):
@@ -134,7 +140,8 @@ class _Layout:
         edit_of_row = torch.tensor([k for k, rows in enumerate(self.rows) for _ in rows], device=suffix.device)
         self._edit = edit_of_row[suffix.owner]  # (N,)
         self._count = len(counts)
-        self.share = suffix.share / torch.tensor(counts, device=suffix.device)[self._edit]
+        rows = torch.tensor(counts, device=suffix.device)[self._edit]
+        self.share, self.own = suffix.share / rows, suffix.own / rows
 
     def sum(self, values: Tensor) -> Tensor:
         """``(N,) -> (E,)``: over the target tokens of each edit."""

@@ -21,7 +21,7 @@ from ..config import BaftConfig
 from ..distributed import Together
 from ..errors import EditError
 from ..hooks import hook_block
-from ..losses import balance_loss, edit_loss, locality_loss, output_loss, target_accuracy
+from ..losses import balance_loss, locality_loss, output_loss, token_losses
 from ..models import compute_device, find_blocks, spread
 from ..positions import prompt_positions
 from ..requests import EditRequest
@@ -44,12 +44,20 @@ class Row:
         labels: the same, ``IGNORE_INDEX`` in the prompt.
         positions: columns.
         ending: how many of the last ids end the target, and are not of it.
+        ending_coefficient: what these together weigh in the loss, where the target's together weigh 1.
     """
 
     ids: list[int]
     labels: list[int]
     positions: list[int]
     ending: int = 0
+    ending_coefficient: float = 1.0
+
+    def shares(self) -> tuple[list[float], list[float]]:
+        """What each label weighs, in order: in the loss that is minimised, and in the mean over the target alone."""
+        target = len(self.labels) - self.prompt_length - self.ending
+        own = [1.0 / target] * target + [0.0] * self.ending
+        return own[:target] + [self.ending_coefficient / self.ending] * self.ending if self.ending else own, own
 
     @property
     def prompt_length(self) -> int:
@@ -79,7 +87,7 @@ class TrainedEdit:
     Args:
         tensors: ``layer -> {"rotation", "source_weight", "source_bias", "weighting.<name>"}``, fp32 on the CPU.
         used: ``layer -> (r,)``, the basis weights on the edit's own positions (for load balancing).
-        loss: mean cross entropy over target tokens (nats) of the state that is kept.
+        loss: mean cross entropy over target tokens (nats) of the state that is kept; what ends them not counted.
         steps: optimiser steps taken.
         seconds: wall time.
         reached: whether every target token was the model's argmax.
@@ -142,7 +150,8 @@ def encode_request(tokenizer: Any, request: EditRequest, config: BaftConfig) -> 
         )
     except ValueError as error:
         raise type(error)(f"{request.where}: {error}") from None
-    return Row(prompt_ids + target_ids, [IGNORE_INDEX] * len(prompt_ids) + target_ids, positions, len(ending))
+    labels = [IGNORE_INDEX] * len(prompt_ids) + target_ids
+    return Row(prompt_ids + target_ids, labels, positions, len(ending), config.ending_coefficient)
 
 
 def _ending(tokenizer: Any, request: EditRequest, target_ids: Sequence[int], config: BaftConfig) -> list[int]:
@@ -262,6 +271,11 @@ class ReferenceEngine:
         rows = job.rows
         ids, mask = pad_rows([r.ids for r in rows], pad_token_id(self.tokenizer))
         labels, _ = pad_rows([r.labels for r in rows], IGNORE_INDEX)
+        share, own = (torch.zeros(labels.shape) for _ in range(2))  # what each token weighs, see Row.shares
+        for i, row in enumerate(rows):
+            share[i, row.prompt_length : len(row.labels)], own[i, row.prompt_length : len(row.labels)] = map(
+                torch.tensor, row.shares()
+            )
         batch = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
         where = (
             torch.tensor([i for i, r in enumerate(rows) for _ in r.positions]),
@@ -283,14 +297,17 @@ class ReferenceEngine:
                 with torch.enable_grad(), watching(together):
                     with self._hooked(maps, where, around) as weights:
                         logits = self.model(**batch).logits
-                    labels = labels.to(logits.device)
-                    edit = edit_loss(logits, labels).mean()
-                    missed = 1.0 - target_accuracy(logits.detach(), labels).float().mean()
-                found = [edit.detach(), missed]
-                loss, missing = map(float, found if together is None else together.mean(found))
-                reached = missing == 0
+                    labels, share, own = (t.to(logits.device) for t in (labels, share, own))
+                    tokens = token_losses(logits, labels)
+                    edit = (tokens * share[:, 1:]).sum(1).mean()
+                    wrong = logits.detach()[:, :-1].argmax(-1) != labels[:, 1:]
+                    # of the target alone; and with what ends it
+                    missed = [(wrong & (weight[:, 1:] > 0)).float().sum() for weight in (own, share)]
+                found = [(tokens.detach() * own[:, 1:]).sum(1).mean(), *missed]
+                loss, *missing = map(float, found if together is None else together.mean(found))
+                reached = missing[0] == 0
                 check_loss(loss, steps, job, config)
-                if steps == config.steps or (reached and loss < config.loss_target):
+                if steps == config.steps or (missing[1] == 0 and loss < config.loss_target):
                     break
                 optimiser.zero_grad(set_to_none=True)
                 with torch.enable_grad(), watching(together):

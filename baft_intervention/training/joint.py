@@ -60,7 +60,7 @@ class JointEngine:
         begin = time.perf_counter()
         with frozen(self.engine.model):
             steps = self._depth(job, around) if self.config.order == "depth" else self._breadth(job, around)
-            loss, reached, used = self._look(job, self._pieces(job, self.config.mini_batch or _AT_ONCE), around)
+            loss, reached, _, used = self._look(job, self._pieces(job, self.config.mini_batch or _AT_ONCE), around)
             check_loss(loss, steps, job, self.config)
         tensors = {layer: map_tensors(module) for layer, module in job.maps.items()}
         return TrainedEdit(tensors, used, loss, steps, time.perf_counter() - begin, reached)
@@ -88,7 +88,8 @@ class JointEngine:
             total, all_hit = 0.0, True
             for number in torch.randperm(len(pieces), generator=generator).tolist()[: most - step]:
                 with torch.enable_grad():
-                    loss, hits, weights = self._loss(job, pieces[number](), around)
+                    piece = pieces[number]()
+                    loss, own, hits, weights = self._loss(job, piece, around)
                     penalty = self._penalty(job, weights, around)
                     if outside is not None:
                         moved = output_loss(self.engine.at_the_end(outside, job.maps, around), outside.before)
@@ -101,10 +102,10 @@ class JointEngine:
                 optimiser.param_groups[0]["lr"] = config.rate_at(step)
                 optimiser.step()
                 step += 1
-                total, all_hit = total + float(loss.detach()) / len(pieces), all_hit and bool(hits.all())
+                total, all_hit = total + own / len(pieces), all_hit and bool(hits[piece[0].share > 0].all())
             if all_hit and total < config.loss_target:
-                loss, reached, _ = self._look(job, pieces, around)  # what was seen was seen before its step
-                if reached and loss < config.loss_target:
+                own, _, ended, _ = self._look(job, pieces, around)  # what was seen was seen before its step
+                if ended and own < config.loss_target:
                     break
         return step
 
@@ -133,8 +134,8 @@ class JointEngine:
 
     def _loss(
         self, job: Job, piece: tuple[Suffix, list[int]], around: Surroundings
-    ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
-        """Mean loss over the rows of a piece, which target tokens are hit, and ``layer -> w (n, r)``."""
+    ) -> tuple[Tensor, float, Tensor, dict[int, Tensor]]:
+        """Mean loss over the rows of a piece, that of the targets alone, which target tokens are hit, and ``layer -> w (n, r)``."""
         suffix, weights = piece[0], {}
         places = [suffix.flat(i, c) for i, row in enumerate(suffix.rows) for c in row.positions]
         index = torch.tensor(places, device=suffix.device)
@@ -151,7 +152,8 @@ class JointEngine:
             return apply
 
         losses, hits = suffix.losses({layer: change(layer, module) for layer, module in job.maps.items()})
-        return (losses * suffix.share).sum() / len(suffix.rows), hits, weights
+        own = float((losses.detach() * suffix.own).sum()) / len(suffix.rows)
+        return (losses * suffix.share).sum() / len(suffix.rows), own, hits, weights
 
     def _penalty(self, job: Job, weights: dict[int, Tensor], around: Surroundings) -> Tensor | float:
         config, total, device = self.config, 0.0, compute_device(self.engine.model)
@@ -167,16 +169,20 @@ class JointEngine:
     @torch.no_grad()
     def _look(
         self, job: Job, pieces: Sequence[Callable], around: Surroundings
-    ) -> tuple[float, bool, dict[int, Tensor]]:
-        """Mean loss over all rows, whether all targets are reached, and the use of the bases; no step is taken."""
-        total, reached = 0.0, True
+    ) -> tuple[float, bool, bool, dict[int, Tensor]]:
+        """Mean loss over all targets, whether they are reached, and they and what ends them, and the use of the bases.
+
+        No step is taken.
+        """
+        total, reached, ended = 0.0, True, True
         used = {layer: torch.zeros(self.config.rank) for layer in job.maps}
         for piece in pieces:
             suffix, rows = piece()
-            loss, hits, weights = self._loss(job, (suffix, rows), around)
-            total, reached = total + float(loss) * len(rows) / len(job.rows), reached and bool(hits.all())
+            _, own, hits, weights = self._loss(job, (suffix, rows), around)
+            total += own * len(rows) / len(job.rows)
+            reached, ended = reached and bool(hits[suffix.own > 0].all()), ended and bool(hits[suffix.share > 0].all())
             used = {layer: own + weights[layer].sum(0).cpu() for layer, own in used.items()}
-        return total if math.isfinite(total) else math.nan, reached, used
+        return total if math.isfinite(total) else math.nan, reached, ended, used
 
 
 class _Whole(Suffix):

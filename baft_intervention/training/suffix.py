@@ -245,7 +245,8 @@ class Suffix:
         width: columns a row has here.
         labels: ``(N,)`` target tokens, row after row.
         owner: ``(N,)`` the row of each.
-        share: ``(N,)`` one over the number of the row's targets.
+        share: ``(N,)`` what each weighs in the loss of its row, see :meth:`~.engine.Row.shares`.
+        own: ``(N,)`` what it weighs in the mean over the target alone.
     """
 
     def __init__(self, rows: Sequence[Row], width: int, device: torch.device):
@@ -254,7 +255,9 @@ class Suffix:
         labels = [row.labels[c + 1] for row, found in zip(rows, columns, strict=True) for c in found]
         self.labels = torch.tensor(labels, device=device)
         self.owner = torch.tensor([i for i, found in enumerate(columns) for _ in found], device=device)
-        self.share = torch.tensor([1.0 / len(found) for found in columns for _ in found], device=device)
+        shares, own = zip(*(row.shares() for row in rows), strict=True)
+        self.share = torch.tensor([s for each in shares for s in each], device=device)
+        self.own = torch.tensor([s for each in own for s in each], device=device)
         self.targets = torch.tensor([self.flat(i, c) for i, found in enumerate(columns) for c in found], device=device)
 
     def flat(self, row: int, column: int) -> int:

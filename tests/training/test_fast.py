@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -347,13 +348,26 @@ def test_an_edit_leaves_when_its_loss_is_reached(positions: str, monkeypatch: py
         return step(self)
 
     monkeypatch.setattr(Batch, "step", watched)
-    config = configure((2,), positions=positions, loss_target=1.5, steps=40)
+    config = configure((2,), positions=positions, loss_target=1.5, steps=40, ending="")
     model = tiny_model()
     found, _ = by_fast(model, config, ONE_TOKEN, strict=True)
     expected = by_reference(model, config, ONE_TOKEN)
     assert len({edit.steps for edit in expected}) > 2  # or the test would show nothing
     assert_same(found, expected)
     assert sizes == [sum(edit.steps >= n for edit in expected) for n in range(len(sizes))]
+
+
+def test_an_edit_leaves_when_its_target_is_near_and_its_ending_is_the_likeliest() -> None:
+    config = configure((2,), positions="all", ending="?", loss_target=1.5, steps=40, learning_rate=5e-2)
+    model = tiny_model()
+    found, _ = by_fast(model, config, ONE_TOKEN, strict=True)
+    assert_same(found, by_reference(model, config, ONE_TOKEN))
+    sooner, _ = by_fast(model, dataclasses.replace(config, ending=""), ONE_TOKEN, strict=True)
+    assert all(edit.reached and edit.steps < 40 and edit.loss < 1.5 for edit in found)
+    assert all(a.steps >= b.steps for a, b in zip(found, sooner, strict=True))
+    assert sum(edit.steps for edit in found) > sum(edit.steps for edit in sooner)
+    unasked, _ = by_fast(model, dataclasses.replace(config, ending_coefficient=0.0), ONE_TOKEN, strict=True)
+    assert [edit.steps for edit in unasked] == [edit.steps for edit in sooner]
 
 
 def test_results_come_in_order_whatever_the_stacks() -> None:
@@ -418,7 +432,7 @@ def test_a_stack_that_does_not_fit_is_halved(
 
 
 def test_edits_that_left_before_memory_ran_out_are_not_trained_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = configure((2,), loss_target=1.5, steps=40)
+    config = configure((2,), loss_target=1.5, steps=40, ending="")
     model = tiny_model()
     expected = by_reference(model, config, ONE_TOKEN)
     assert len({edit.steps for edit in expected}) > 2

@@ -17,7 +17,7 @@ from .base import Method, as_edit_error, register_method
 
 # settings that are younger than results that are kept: at their defaults a run is the same as before there were any, and can
 # be gone on with
-_LATER = ("augmentations", "bases", "ending", "epochs", "mini_batch", "order", "output_coefficient")
+_LATER = ("augmentations", "bases", "ending_coefficient", "epochs", "mini_batch", "order", "output_coefficient")
 
 
 @register_method("baft")
@@ -48,9 +48,11 @@ class Baft(Method):
 @register_method("baft-linear")
 @dataclass(frozen=True)
 class BaftLinear(Baft):
-    """BaFT with a linear gate and a locality term: the plainest reading of the paper."""
+    """BaFT with a linear gate and a locality term, and nothing behind the target: the plainest reading of the paper."""
 
-    config: Mapping[str, Any] = field(default_factory=lambda: {"weighting": "linear", "locality_coefficient": 1.0})
+    config: Mapping[str, Any] = field(
+        default_factory=lambda: {"weighting": "linear", "locality_coefficient": 1.0, "ending": ""}
+    )
 
 
 class _BaftModel(EditedModel):
