@@ -5,7 +5,9 @@
 The stream is CounterFact: its requests (two files), then its neighbourhood prompts, each edited to the false answer of the
 record that it stands in; subjects that have no edit yet come first. Edits arrive in small batches and are on the disk, in an
 adapter folder, before the next one begins. After every ``--every`` edits a sample of them, spread evenly over the whole stream,
-is asked again: the edit's own prompt, its paraphrases, neighbours that are not edited themselves, and unrelated questions.
+is asked again: the edit's own prompt, its paraphrases, unrelated questions, and neighbours: the edit's own sentence about somebody
+of another data set whom no edit is about. CounterFact's own neighbours do not serve here: the more of them the stream has edited,
+the more of the rest are paraphrases of an edit ("The mother tongue of X is", where "X speaks" is one), at 10,000 all of them.
 
 The same command goes on where it was stopped: edits are in the folder, the curve in ``curve.jsonl``. At the end ``many_edits.md``
 and ``many_edits.png`` are written. Seconds are medians over the batches of a stretch, in wall and in processor time; where others
@@ -40,11 +42,13 @@ from baft_intervention.evaluation.methods import make_method
 from baft_intervention.evaluation.priors import PriorStore, default_cache_folder
 from baft_intervention.evaluation.scoring import Scorer
 from baft_intervention.models import load_model
-from baft_intervention.requests import EditRequest
+from baft_intervention.requests import EditRequest, Probe
 from baft_intervention.storage import library_versions
 
 FILES = ("counterfact/counterfact.json", "counterfact/counterfact-edit.json")
 UNRELATED = "zsre/zsre_mend_eval.json"
+STRANGERS = "knowedit/wiki_counterfact/test_cf.json"
+NEIGHBOURS = 2  # a record
 SHOWN = ("reliability", "generality", "locality", "unrelated")
 
 
@@ -81,7 +85,8 @@ def run(args: argparse.Namespace) -> None:
     model, tokenizer = load_model(args.model)
     scorer = Scorer(model, tokenizer, cache=PriorStore(default_cache_folder()))
     marks = range(args.every, len(requests) + 1, args.every)
-    samples = {mark: spread(requests[:mark], args.sample) for mark in marks}
+    strangers = [r.subject for r in load_requests(args.data_dir / STRANGERS).requests if r.subject]
+    samples = {mark: spread(requests[:mark], args.sample, strangers) for mark in marks}
     scorer.prepare(tqdm([r for sample in samples.values() for r in sample], desc="unedited model"))
     edited: Any = make_method("baft", {}).attach(model, tokenizer)
     editor = edited.editor
@@ -142,12 +147,25 @@ def stream(data: Path) -> list[EditRequest]:
     return requests + again
 
 
-def spread(requests: Sequence[EditRequest], count: int) -> list[EditRequest]:
-    """``count`` of the requests at even distances, without the probes that are edited themselves."""
-    edited = {r.prompt for r in requests}
+def spread(requests: Sequence[EditRequest], count: int, strangers: Sequence[str]) -> list[EditRequest]:
+    """``count`` of the requests at even distances; their neighbours are about ``strangers`` whom no request is about."""
+    edited = {r.subject for r in requests}
+    strangers = [s for s in dict.fromkeys(strangers) if s not in edited]
     count = min(count, len(requests))
     chosen = [requests[i * len(requests) // count] for i in range(count)]
-    return [replace(r, probes=tuple(p for p in r.probes if p.prompt not in edited)) for r in chosen]
+    return [replace(r, probes=(*neighbours(r, i, strangers), *kept(r))) for i, r in enumerate(chosen)]
+
+
+def neighbours(request: EditRequest, number: int, strangers: Sequence[str]) -> Iterator[Probe]:
+    """The request's sentence about the next of ``strangers``."""
+    for k in range(NEIGHBOURS):
+        stranger = strangers[(number * NEIGHBOURS + k) % len(strangers)]
+        prompt = request.prompt.replace(request.subject or "", stranger, 1)
+        yield Probe(prompt, "locality", answers=(request.target_new,), group="stranger")
+
+
+def kept(request: EditRequest) -> Iterator[Probe]:
+    return (p for p in request.probes if p.kind != "locality")
 
 
 def edit_all(editor: Any, batch: Sequence[EditRequest]) -> int:

@@ -1,6 +1,5 @@
 """The stream of ten thousand edits, and what is asked of it."""
 
-import dataclasses
 
 import pytest
 
@@ -25,10 +24,12 @@ def test_ten_thousand_different_prompts_that_name_their_subjects(many, data_dir)
     assert len({*others[:new]} - {r.subject for r in own}) == new
 
 
-def test_a_sample_lies_evenly_and_asks_no_neighbour_that_is_edited(many):
-    neighbours = (Probe("c 1", "locality"), Probe("free", "locality"))
-    requests = [EditRequest(f"c {i}", "x", probes=neighbours) for i in range(10)]
-    sample = many.spread(requests, 4)
-    assert [r.prompt for r in sample] == ["c 0", "c 2", "c 5", "c 7"]
-    assert all([p.prompt for p in r.probes] == ["free"] for r in sample)
-    assert many.spread(requests[:2], 5) == [dataclasses.replace(r, probes=neighbours[1:]) for r in requests[:2]]
+def test_a_sample_lies_evenly_and_its_neighbours_are_about_nobody_who_is_edited(many):
+    probes = (Probe("old", "locality"), Probe("again", "rephrase", answers=("x",)))
+    requests = [EditRequest(f"of s{i} c", "x", subject=f"s{i}", probes=probes) for i in range(10)]
+    sample = many.spread(requests, 4, ["s3", "a", "b", "a", "c"])
+    assert [r.subject for r in sample] == ["s0", "s2", "s5", "s7"]
+    assert all(p.kind == "rephrase" for r in sample for p in r.probes[2:])
+    near = [[p.prompt for p in r.probes if p.kind == "locality"] for r in sample]
+    assert near == [["of a c", "of b c"], ["of c c", "of a c"], ["of b c", "of c c"], ["of a c", "of b c"]]
+    assert [r.prompt for r in many.spread(requests[:2], 5, ["a"])] == ["of s0 c", "of s1 c"]

@@ -358,12 +358,12 @@ def test_an_edit_leaves_when_its_loss_is_reached(positions: str, monkeypatch: py
 
 
 def test_an_edit_leaves_when_its_target_is_near_and_its_ending_is_the_likeliest() -> None:
-    config = configure((2,), positions="all", ending="?", loss_target=1.5, steps=40, learning_rate=5e-2)
+    config = configure((2,), positions="all", ending="?", loss_target=1.5, steps=200, learning_rate=5e-2)
     model = tiny_model()
     found, _ = by_fast(model, config, ONE_TOKEN, strict=True)
     assert_same(found, by_reference(model, config, ONE_TOKEN))
     sooner, _ = by_fast(model, dataclasses.replace(config, ending=""), ONE_TOKEN, strict=True)
-    assert all(edit.reached and edit.steps < 40 and edit.loss < 1.5 for edit in found)
+    assert all(edit.reached and edit.steps < 200 and edit.loss < 1.5 for edit in found)
     assert all(a.steps >= b.steps for a, b in zip(found, sooner, strict=True))
     assert sum(edit.steps for edit in found) > sum(edit.steps for edit in sooner)
     unasked, _ = by_fast(model, dataclasses.replace(config, ending_coefficient=0.0), ONE_TOKEN, strict=True)
