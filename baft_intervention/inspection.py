@@ -233,8 +233,8 @@ def _acts_and_match(
         if w > 0:
             acts[e].append(position)
     if each is None:
-        return acts, stack.weighting.match(at).cpu()
-    return acts, stack.weighting.match_own(at.expand(len(acts), *at.shape), each, {}).cpu()
+        return acts, stack.weighting.precedence(at).cpu()
+    return acts, stack.weighting.precedence_own(at.expand(len(acts), *at.shape), each, {}).cpu()
 
 
 def _view(

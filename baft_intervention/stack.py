@@ -90,8 +90,8 @@ class WeightingStack:
 
     def __init__(self, network: WeightingNetwork, state: Mapping[str, Tensor]):
         self.network = network
-        asked = (_Question(network, name) for name in ("match", "evidence", "mention", "parts", "whole"))
-        self._match, self._evidence, self._mention, self._parts, self._whole = asked
+        asked = (_Question(network, name) for name in ("precedence", "evidence", "mention", "parts", "whole"))
+        self._precedence, self._evidence, self._mention, self._parts, self._whole = asked
         self._shared = {n: t for n, t in network.state_dict().items() if is_shared(network, n)}
         self.set_state(state)
 
@@ -109,14 +109,14 @@ class WeightingStack:
         inputs = (x,) if evidence is None else (x, evidence)
         return self._vmap(self.network, {**self.state, **(state or {})}, "", inputs, (0,) * len(inputs))
 
-    def match_own(self, x: Tensor, evidence: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """``(E, d), (E,) -> (E,)``, see :meth:`WeightingNetwork.match`."""
+    def precedence_own(self, x: Tensor, evidence: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+        """``(E, d), (E,) -> (E,)``, see :meth:`WeightingNetwork.precedence`."""
         inputs = (x, evidence)
-        return self._vmap(self._match, {**self.state, **state}, "network.", inputs, (0,) * len(inputs))
+        return self._vmap(self._precedence, {**self.state, **state}, "network.", inputs, (0,) * len(inputs))
 
-    def match(self, x: Tensor) -> Tensor:
-        """``(P, d) -> (E, P)``, see :meth:`WeightingNetwork.match`."""
-        return self._vmap(self._match, self.state, "network.", (x,), (None,))
+    def precedence(self, x: Tensor) -> Tensor:
+        """``(P, d) -> (E, P)``, see :meth:`WeightingNetwork.precedence`."""
+        return self._vmap(self._precedence, self.state, "network.", (x,), (None,))
 
     def evidence(self, x: Tensor) -> Tensor:
         """``(P, d) -> (E, P)``, see :meth:`WeightingNetwork.evidence`."""
@@ -268,7 +268,7 @@ class EditStack:
             return self.weighting.on_own(x, self.weighting.picked(best), found), best
         if len(self) == 1:  # nothing to choose
             return self.weighting.on_all(x)[0], torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
-        best = self.weighting.match(x).argmax(0)  # (P,)
+        best = self.weighting.precedence(x).argmax(0)  # (P,)
         return self.weighting.on_own(x, self.weighting.picked(best)), best
 
     def _of_winners(self, x: Tensor, weights: Tensor, best: Tensor) -> Tensor:
@@ -289,6 +289,6 @@ class EditStack:
         k, positions = max(1, min(_CANDIDATES, most)), x.shape[0]
         found, candidates = evidence.topk(k, dim=0)  # (k, P) each
         flat = candidates.flatten()
-        match = self.weighting.match_own(x.repeat(k, 1), found.flatten(), self.weighting.picked(flat))
-        winner = match.view(k, positions).argmax(0, keepdim=True)  # (1, P)
+        fits = self.weighting.precedence_own(x.repeat(k, 1), found.flatten(), self.weighting.picked(flat))
+        winner = fits.view(k, positions).argmax(0, keepdim=True)  # (1, P)
         return candidates.gather(0, winner)[0], found.gather(0, winner)[0]

@@ -223,6 +223,28 @@ def test_the_gate_is_open_for_its_relation_and_shut_for_others(form: int) -> Non
     assert network(near).shape == (F_, 3)
 
 
+def test_of_two_edits_that_are_open_the_nearer_words_and_the_fuller_name_take_precedence() -> None:
+    world = World(1, form=0.5)
+    plain, question = gate(world, margin=-0.5), gate(world, margin=-0.5)
+    start(plain, world, 5, 1)
+    start(question, world, 5, 0)
+    prompts = torch.stack([world.say(5, form, S) for form in (1, 0)])
+    named = torch.tensor([0.3, 0.3])  # the same subject; what the token says of it differs in the last digit
+    first, second = (
+        n.precedence(prompts, named + e) for n, e in ((plain, 0.0), (question, torch.tensor([1e-6, -1e-6])))
+    )
+    assert (torch.stack([plain.match(prompts, named), question.match(prompts, named)]) > 0).all(), "both are open"
+    assert first[0] > second[0] + 0.01
+    assert second[1] > first[1] + 0.01
+    assert (
+        plain.precedence(prompts, named) > plain.precedence(prompts, named - 0.2)
+    ).all()  # another name in the same words
+    probes = torch.stack([world.say(r, form, S) for r in range(M) for form in range(F_)])
+    for evidence in (0.3, -0.1):
+        each = torch.full((len(probes),), evidence)
+        assert torch.equal(plain.precedence(probes, each) > 0, plain.match(probes, each) > 0)
+
+
 def test_a_question_takes_its_own_margin() -> None:
     world = World(1)
     network = gate(world, margin=-0.2, question_margin=0.3)

@@ -67,7 +67,7 @@ def test_stacked_networks_equal_a_loop(weighting: str) -> None:
     index = torch.tensor([3, 0, 3])
     assert torch.allclose(stack.on_own(x[index], stack.picked(index)), own[index], atol=1e-6)
     if modules[0].weighting.routed:
-        assert torch.allclose(stack.match(x), torch.stack([m.weighting.match(x) for m in modules]), atol=1e-6)
+        assert torch.allclose(stack.precedence(x), torch.stack([m.weighting.precedence(x) for m in modules]), atol=1e-6)
 
 
 @pytest.mark.parametrize("weighting", ["constant", "linear", "mlp", Bare])

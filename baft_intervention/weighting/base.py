@@ -72,8 +72,8 @@ class WeightingNetwork(nn.Module):
     """Base class: ``forward(h (..., d)) -> w (..., r)``, fp32 in and out.
 
     Class attributes:
-        routed: whether :meth:`match` tells how well an input fits the edit. The edits of an adapter with a routed
-            network compete, and only the best match acts; otherwise the updates of all edits are summed.
+        routed: whether :meth:`match` tells if an input is the edit's. The edits of an adapter with a routed network compete,
+            and only that of the highest :meth:`precedence` acts; otherwise the updates of all edits are summed.
         needs_bank: whether :meth:`start_from` needs unrelated representations.
         reads_subject: whether :meth:`evidence` of an earlier layer, the read layer, enters :meth:`match`.
         reads_answer: whether :meth:`mention` tells where the edit's answer is named: what is answered is not asked.
@@ -99,8 +99,12 @@ class WeightingNetwork(nn.Module):
         raise NotImplementedError
 
     def match(self, h: Tensor, evidence: Tensor | None = None) -> Tensor:
-        """``(...,)``: above 0 where the input is taken to be the edit's; comparable between edits."""
+        """``(...,)``: above 0 where the input is taken to be the edit's."""
         raise NotImplementedError(f"{type(self).__name__} is not routed: it has no match")
+
+    def precedence(self, h: Tensor, evidence: Tensor | None = None) -> Tensor:
+        """``(...,)``: of competing edits that with the largest acts; above 0 exactly where :meth:`match` is."""
+        return self.match(h, evidence)
 
     def evidence(self, h: Tensor) -> Tensor:
         """``h (..., d)`` at the read layer -> ``(...,)``: above 0 where the token may end the subject.

@@ -79,6 +79,9 @@ class SubjectRelationWeighting(WeightingNetwork):
 
         relation <= z.e - max_i z.T_i          where max_i z.T_i > same_sentence.
 
+    Of several edits that are open at one prompt that with the largest ``z.e + subject`` acts: of two about one subject the one in
+    the nearer words, of two in the same words the one whose subject is named in full.
+
     Nothing of it is trained: 21 d + 9 k + 13 stored numbers an edit.
 
     Args:
@@ -237,10 +240,18 @@ class SubjectRelationWeighting(WeightingNetwork):
         return own, torch.where(rival, self.relations.nearest(z), -2.0).amax(-1), template
 
     def match(self, h: Tensor, evidence: Tensor | None = None) -> Tensor:
-        own, nearest, template = self.similarities(h)
+        return self._match(*self.similarities(h), evidence)
+
+    def _match(self, own: Tensor, nearest: Tensor, template: Tensor, evidence: Tensor | None) -> Tensor:
         relation = own - torch.maximum(self.threshold.expand(own.shape), nearest + self.margin)
         relation = torch.where(template > self.same_sentence, torch.minimum(relation, own - template), relation)
         return relation if evidence is None else torch.minimum(relation, evidence)
+
+    def precedence(self, h: Tensor, evidence: Tensor | None = None) -> Tensor:
+        own, nearest, template = self.similarities(h)
+        match = self._match(own, nearest, template, evidence)
+        named = 0.0 if evidence is None else self.has_subject * evidence
+        return torch.where(match > 0, own + named, match)
 
     def forward(self, h: Tensor, evidence: Tensor | None = None) -> Tensor:
         return gate(self.sharpness, self.match(h, evidence), self.rank)

@@ -1,6 +1,5 @@
 """The stream of ten thousand edits, and what is asked of it."""
 
-
 import pytest
 
 from baft_intervention.requests import EditRequest, Probe
