@@ -129,7 +129,7 @@ class SubjectRelationWeighting(WeightingNetwork):
         name_threshold: float = 0.56,
         relation_threshold: float = 0.1,
         margin: float = -0.34,
-        question_margin: float = -0.1,
+        question_margin: float = 0.0,
         same_relation: float = 0.4,
         same_sentence: float = 0.5,
         components: int = 60,
