@@ -41,9 +41,9 @@ from baft_intervention.plots import (
 from baft_intervention.training.bank import write_texts
 
 ROOT = Path(__file__).resolve().parent.parent
-LOREFT = BaftConfig(weighting="constant")
+LOREFT = BaftConfig(weighting="constant", ending="")
 BAFT = BaftConfig()
-LINEAR = BaftConfig(weighting="linear", locality_coefficient=1.0)
+LINEAR = BaftConfig(weighting="linear", locality_coefficient=1.0, ending="")
 OPENINGS = (
     "",
     "Here is a fact.",
@@ -122,7 +122,7 @@ def figure_batched_editing(run: Run) -> tuple[Any, Any]:
     else:
         print(f"no {path}: the library's own facts, 10 at a time", file=sys.stderr)
         facts, sizes = run.facts[:10], (10,)
-    joint = BaftConfig(weighting="constant", allocation="joint", steps=run.args.joint_steps)
+    joint = BaftConfig(weighting="constant", ending="", allocation="joint", steps=run.args.joint_steps)
     found = {}
     for name, config in (("LoReFT, joint", joint), ("BaFT", BAFT)):
         editor = run.editor(config)

@@ -384,8 +384,8 @@ def throughput(
 
 def whole_edits(model: Any, tokenizer: Any, args: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     """From a request to an adapter, ours as it comes and as LoReFT, against pyreft's loop to the same loss."""
-    ours = BaftConfig(learning_rate=LEARNING_RATE)
-    plain = BaftConfig(learning_rate=LEARNING_RATE, weighting="constant", bank_size=0)
+    ours = BaftConfig(learning_rate=LEARNING_RATE, ending="")
+    plain = BaftConfig(learning_rate=LEARNING_RATE, ending="", weighting="constant", bank_size=0)
     layer = ours.resolved_layers(len(find_blocks(model)))[0]
     case = Case((layer,), "one layer", "last", 1)
     editors = {name: BaftEditor(model, tokenizer, config) for name, config in (("fast", ours), ("fast_loreft", plain))}
