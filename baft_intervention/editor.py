@@ -46,6 +46,8 @@ from .weighting import weighting_class
 logger = logging.getLogger(__name__)
 _CHUNK = 64  # edits that are prepared and handed to the engine together
 _SLACK = 1 << 20  # bytes of a log that are never worth a new snapshot
+_LONG = 12  # tokens of a target that are many for a late block
+_LOWER = 2 / 3  # depth of a block that reaches them: WikiBio's 76 % of tokens at nine tenths are 86 % there
 
 
 @dataclass(frozen=True)
@@ -459,10 +461,18 @@ class BaftEditor:
         for edit in done:
             if not edit.reached:
                 logger.warning(
-                    "%s: after %d steps the model does not give the whole target (loss %.3f); raise steps or rank",
-                    edit.requests[0].where, edit.steps, edit.loss,
+                    "%s: after %d steps the model does not give the whole target (loss %.3f); %s",
+                    edit.requests[0].where, edit.steps, edit.loss, self._mend(edit),
                 )  # fmt: skip
         return EditReport(tuple(done), tuple(edit.id for edit in replaced), time.perf_counter() - begin)
+
+    def _mend(self, edit: Edit) -> str:
+        """What may bring an edit to its target: what lies above the edited block must carry a long one to its later tokens."""
+        longest = max(len(self.tokenizer(r.target_new)["input_ids"]) for r in edit.requests)
+        lower = round(_LOWER * len(self.adapter.blocks))
+        if longest > _LONG and max(self.adapter.layers) > lower:
+            return f"its target is of {longest} tokens: edit a lower block, layers=({lower},), or raise steps"
+        return "raise steps or rank"
 
     def _trained(
         self, engine: Any, groups: Sequence[Sequence[EditRequest]]
