@@ -249,13 +249,13 @@ def draw_tension(found: Mapping[str, Sequence[Tension]], names: Mapping[str, str
         leaks = [result.leak for result in results]
         right.scatter(leaks, range(len(labels)), s=46, color=colour, zorder=3, label=name, clip_on=False)
     right.set_yticks(range(len(labels)), labels, fontsize=8)
-    right.set_ylim(len(labels) - 0.4, -0.6)
+    right.set_ylim(len(labels) - 0.4, -0.9 - 0.2 * len(labels))  # room for the legend
     right.set_xlim(left=0)
     right.set_xlabel("update on unrelated input / update at the edit")
     _title(right, "Root mean square over unrelated input, every edit")
     _style(left, right)
     for axes in (left, right):
-        axes.legend(fontsize=8, framealpha=0.85, edgecolor="none", loc="upper right" if axes is left else "best")
+        axes.legend(fontsize=8, framealpha=0.85, edgecolor="none", loc="upper right")
     return figure
 
 
