@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import random
 import sys
@@ -32,6 +33,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from baft_intervention.config import BaftConfig
+from baft_intervention.data.unrelated import read_pool
 from baft_intervention.errors import BaftError
 from baft_intervention.evaluation.aggregate import aggregate
 from baft_intervention.evaluation.edited import EditedModel
@@ -43,6 +46,7 @@ from baft_intervention.models import load_model
 from baft_intervention.requests import EditRequest, Probe
 
 NETWORK = "weighting_options"
+QUESTIONS = "bank of Natural Questions"  # of the kind that unrelated locality is measured with
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "default": ("baft", {}),
     "loreft": ("loreft", {}),
@@ -70,6 +74,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "identity start": ("baft", {"init": "identity"}),
     "constant rate": ("baft", {"schedule": "constant"}),
     "small bank": ("baft", {"bank_size": 64}),
+    QUESTIONS: ("baft", {}),
     "augmented": ("baft", {"augmentations": 4}),
     "linear, augmented": ("baft", {"weighting": "linear", "locality_coefficient": 1.0, "augmentations": 4}),
 }
@@ -164,6 +169,8 @@ def run_variant(
     if len(done) >= len(work):
         return
     settings = {"config": config} if method == "baft" else config
+    if name == QUESTIONS:
+        settings["bank"] = questions(args, [request for _, request in work])
     edited = make_method(method, settings).attach(scorer.model, scorer.tokenizer)
     try:
         with path.open("a", encoding="utf-8") as file:
@@ -176,6 +183,13 @@ def run_variant(
                 file.flush()
     finally:
         edited.restore()
+
+
+def questions(args: argparse.Namespace, asked: Sequence[EditRequest]) -> list[str]:
+    """256 Natural-Questions prompts that no record is asked."""
+    known = {p.prompt for r in asked for p in r.probes}
+    found = (p.prompt for p in read_pool(args.data_dir / sweep.UNRELATED) if p.prompt not in known)
+    return list(itertools.islice(found, BaftConfig().bank_size))
 
 
 def run_stream(name: str, scorer: Scorer, parts: Mapping[str, Sequence[EditRequest]], args: argparse.Namespace) -> None:

@@ -311,6 +311,15 @@ def test_a_run_without_a_younger_setting_is_the_run_from_before_there_was_one():
     assert make_method("baft", {"config": {}}).settings()["config"]["rank"] == 12
 
 
+def test_a_bank_of_ones_own_is_the_gates_and_stands_in_the_settings(tiny_llama, tokenizer):
+    method = make_method("baft", {"config": {"rank": 4, "weighting": "cosine"}, "bank": list(BANK)})
+    assert method.settings()["bank"] == list(BANK)
+    assert "bank" not in make_method("baft", {"config": {}}).settings()
+    edited = method.attach(tiny_llama, tokenizer)
+    assert edited.editor.bank_texts == BANK
+    edited.restore()
+
+
 def test_baft_training_sees_no_probe(tiny_llama, tokenizer, monkeypatch):
     seen = []
     edited = make_method("baft", TRY["baft"]).attach(tiny_llama, tokenizer)

@@ -27,9 +27,11 @@ class Baft(Method):
 
     Args:
         config: fields of :class:`~baft_intervention.config.BaftConfig` that differ from its defaults; ``seed`` is the method's.
+        bank: unrelated texts for the gate to learn from; by default those that the model writes.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
+    bank: Sequence[str] = ()
 
     def baft_config(self) -> BaftConfig:
         if "seed" in self.config:
@@ -39,10 +41,11 @@ class Baft(Method):
     def settings(self) -> dict[str, Any]:
         config, default = self.baft_config().to_dict(), BaftConfig().to_dict()
         left_out = {name for name in _LATER if config[name] == default[name]}
-        return {"config": {n: v for n, v in config.items() if n not in left_out}, "seed": self.seed}
+        bank = {"bank": list(self.bank)} if self.bank else {}
+        return {"config": {n: v for n, v in config.items() if n not in left_out}, "seed": self.seed} | bank
 
     def attach(self, model: Any, tokenizer: Any) -> EditedModel:
-        return _BaftModel(self.baft_config(), model, tokenizer)
+        return _BaftModel(self.baft_config(), model, tokenizer, self.bank)
 
 
 @register_method("baft-linear")
@@ -56,9 +59,9 @@ class BaftLinear(Baft):
 
 
 class _BaftModel(EditedModel):
-    def __init__(self, config: BaftConfig, model: Any, tokenizer: Any) -> None:
+    def __init__(self, config: BaftConfig, model: Any, tokenizer: Any, bank: Sequence[str] = ()) -> None:
         super().__init__(model, tokenizer)
-        self.editor = BaftEditor(model, tokenizer, config)
+        self.editor = BaftEditor(model, tokenizer, config, bank_texts=bank or None)
         self.editor.prepare()  # the bank is a matter of the model, not of the first edit
         adapter = self.editor.adapter
         # a gate that reads an early block must see it computed; the block just below may be given, see resume_at
