@@ -344,10 +344,10 @@ def test_baft_with_a_gate_that_reads_an_early_block_is_scored_right(tiny_llama, 
     edited.restore()
 
 
-def _with_bank(model, tokenizer, config):
+def _with_bank(model, tokenizer, config, bank_texts=None):
     from baft_intervention.editor import BaftEditor
 
-    return BaftEditor(model, tokenizer, config, bank_texts=BANK)
+    return BaftEditor(model, tokenizer, config, bank_texts=bank_texts or BANK)
 
 
 # --- registry and settings --------------------------------------------------------------------------------------------
