@@ -14,7 +14,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import gguf
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -32,8 +31,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     # a model that came from GGUF counts as quantised and refuses to be saved: a plain one takes its weights
     del read.config.quantization_config
-    # transformers takes the config's word for it, and an output matrix that is not in the file is left at random
-    read.config.tie_word_embeddings = "output.weight" not in {t.name for t in gguf.GGUFReader(str(args.file)).tensors}
     model = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
     model.load_state_dict(read.state_dict())
     if read.config.tie_word_embeddings:
