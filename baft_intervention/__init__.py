@@ -48,46 +48,46 @@ __all__ = [
 # name -> module; resolved on first use, so that `import baft_intervention` costs nothing it does not need
 _PUBLIC = {
     "AdapterError": "errors",
-    "BaftAdapter": "adapter",
+    "BaftAdapter": "runtime.adapter",
     "BaftConfig": "config",
-    "BaftEditor": "editor",
+    "BaftEditor": "editor.editor",
     "BaftError": "errors",
-    "BaftTrainer": "training.trainer",
-    "BasisWeightedLoReFTIntervention": "intervention",
-    "BasisWeightedMap": "basis_map",
+    "BaftTrainer": "reft.trainer",
+    "BasisWeightedLoReFTIntervention": "reft.intervention",
+    "BasisWeightedMap": "core.basis_map",
     "ConfigError": "errors",
     "DataError": "errors",
-    "Edit": "adapter",
+    "Edit": "runtime.adapter",
     "EditError": "errors",
-    "EditReport": "editor",
+    "EditReport": "editor.editor",
     "EditRequest": "requests",
     "Message": "requests",
-    "MergeReport": "merge",
+    "MergeReport": "storage.merge",
     "ModelError": "errors",
     "PositionError": "errors",
     "Probe": "requests",
     "RequestError": "errors",
     "StoreError": "errors",
-    "WeightingNetwork": "weighting",
+    "WeightingNetwork": "gates",
     "load_facts": "data",
-    "load_model": "models",
+    "load_model": "models.loading",
     "load_requests": "data",
-    "make_edit_data_module": "training.data_module",
+    "make_edit_data_module": "reft.data_module",
     "register_format": "data",
     "register_method": "evaluation.methods",
-    "register_metric": "evaluation.judge",
-    "register_positions": "positions",
-    "register_weighting": "weighting",
+    "register_metric": "evaluation.record_metrics",
+    "register_positions": "core.positions",
+    "register_weighting": "gates",
 }
 
 _NEEDS = {"pyvene": "reft", "pyreft": "reft", "datasets": "data"}  # import name -> extra that brings it
 
 if TYPE_CHECKING:
-    from .adapter import BaftAdapter, Edit
-    from .basis_map import BasisWeightedMap
     from .config import BaftConfig
+    from .core.basis_map import BasisWeightedMap
+    from .core.positions import register_positions
     from .data import load_facts, load_requests, register_format
-    from .editor import BaftEditor, EditReport
+    from .editor.editor import BaftEditor, EditReport
     from .errors import (
         AdapterError,
         BaftError,
@@ -99,16 +99,16 @@ if TYPE_CHECKING:
         RequestError,
         StoreError,
     )
-    from .evaluation.judge import register_metric
     from .evaluation.methods import register_method
-    from .intervention import BasisWeightedLoReFTIntervention
-    from .merge import MergeReport
-    from .models import load_model
-    from .positions import register_positions
+    from .evaluation.record_metrics import register_metric
+    from .gates import WeightingNetwork, register_weighting
+    from .models.loading import load_model
+    from .reft.data_module import make_edit_data_module
+    from .reft.intervention import BasisWeightedLoReFTIntervention
+    from .reft.trainer import BaftTrainer
     from .requests import EditRequest, Message, Probe
-    from .training.data_module import make_edit_data_module
-    from .training.trainer import BaftTrainer
-    from .weighting import WeightingNetwork, register_weighting
+    from .runtime.adapter import BaftAdapter, Edit
+    from .storage.merge import MergeReport
 
 
 def __getattr__(name: str) -> Any:

@@ -12,10 +12,10 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from .core.positions import PositionRule
 from .errors import ConfigError, PositionError
-from .models import find_blocks, hidden_size
-from .positions import PositionRule
-from .weighting import make_weighting, weighting_class
+from .gates import make_weighting, weighting_class
+from .models.loading import find_blocks, hidden_size
 
 Allocation = Literal["per_edit", "joint"]
 Bases = Literal["free", "orthogonal"]
@@ -42,7 +42,7 @@ class BaftConfig:
         rank: r, bases an edit, 1 to the hidden size. One fact needs few; the paper uses 12.
         layers: decoder blocks whose output is edited, 0-based; negative ones count from the end. None chooses
             one at nine tenths of the depth.
-        positions: which tokens, see :mod:`baft_intervention.positions`.
+        positions: which tokens, see :mod:`baft_intervention.core.positions`.
         weighting: name of a registered weighting network.
         weighting_options: its keyword arguments.
         allocation: ``per_edit`` gives every request bases of its own (``undo`` is exact); ``joint`` trains all requests
@@ -54,8 +54,8 @@ class BaftConfig:
         epochs: passes over the mini-batches, a step on each; 0 for as many as ``steps`` allows.
         bases: ``free`` lets each edit find its own; ``orthogonal`` allots them: to the earlier edits' bases orthogonal while
             ``rank`` times the number of edits is at most the hidden size, then along the least used directions (see
-            :mod:`~baft_intervention.allotment`). Later edits then depend on which are there.
-        init: ``identity`` or ``random``, see :class:`~baft_intervention.basis_map.BasisWeightedMap`.
+            :mod:`~baft_intervention.training.allotment`). Later edits then depend on which are there.
+        init: ``identity`` or ``random``, see :class:`~baft_intervention.core.basis_map.BasisWeightedMap`.
         learning_rate, weight_decay: of AdamW; decay leaves the orthonormal basis where it is.
         schedule: ``linear`` lets the rate fall to 0 over ``steps``, ``constant`` does not. The gate allows a high rate at
             first, with which most edits are done in a few steps and their paraphrases follow; long targets need a low one.

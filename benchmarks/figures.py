@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from baft_intervention import BaftConfig, BaftEditor, EditRequest, load_facts, load_model, load_requests
-from baft_intervention.analysis import (
+from baft_intervention.analysis.figures import (
     batched_editing,
     read_texts,
     redundant_dimensions,
@@ -31,7 +31,7 @@ from baft_intervention.analysis import (
     weights_by_position,
     write_json,
 )
-from baft_intervention.plots import (
+from baft_intervention.analysis.plots import (
     draw_batched_editing,
     draw_redundant_dimensions,
     draw_tension,

@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from baft_intervention import BaftConfig, BaftEditor
 from baft_intervention.data import load_requests
-from baft_intervention.training.reading import read_blocks
-from baft_intervention.training.start import make_jobs
-from baft_intervention.weighting import SubjectRelationWeighting
+from baft_intervention.gates import SubjectRelationWeighting
+from baft_intervention.runtime.representations import read_blocks
+from baft_intervention.training.gate_initialisation import make_jobs
 
 PARTS = {
     "zsre": "zsre/zsre_mend_eval.json",

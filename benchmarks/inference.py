@@ -29,12 +29,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from baft_intervention.adapter import BaftAdapter, Edit
 from baft_intervention.config import BaftConfig
-from baft_intervention.editor import BaftEditor
+from baft_intervention.editor.editor import BaftEditor
 from baft_intervention.errors import BaftError
-from baft_intervention.models import load_model
+from baft_intervention.models.loading import load_model
 from baft_intervention.requests import EditRequest
+from baft_intervention.runtime.adapter import BaftAdapter, Edit
 
 Times = tuple[float, float]  # wall, processor; seconds
 # of different lengths, none of them in a benchmark

@@ -37,13 +37,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from baft_intervention.data import load_requests
 from baft_intervention.errors import BaftError
 from baft_intervention.evaluation.aggregate import aggregate
-from baft_intervention.evaluation.judge import judge
+from baft_intervention.evaluation.baseline_outputs import BaselineCache, default_cache_folder
 from baft_intervention.evaluation.methods import make_method
-from baft_intervention.evaluation.priors import PriorStore, default_cache_folder
+from baft_intervention.evaluation.record_metrics import judge
 from baft_intervention.evaluation.scoring import Scorer
-from baft_intervention.models import load_model
+from baft_intervention.models.loading import load_model
 from baft_intervention.requests import EditRequest, Probe
-from baft_intervention.storage import library_versions
+from baft_intervention.storage.exchange import library_versions
 
 FILES = ("counterfact/counterfact.json", "counterfact/counterfact-edit.json")
 UNRELATED = "zsre/zsre_mend_eval.json"
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     requests = stream(args.data_dir)[: args.edits]
     model, tokenizer = load_model(args.model)
-    scorer = Scorer(model, tokenizer, cache=PriorStore(default_cache_folder()))
+    scorer = Scorer(model, tokenizer, cache=BaselineCache(default_cache_folder()))
     marks = range(args.every, len(requests) + 1, args.every)
     strangers = [r.subject for r in load_requests(args.data_dir / STRANGERS).requests if r.subject]
     samples = {mark: spread(requests[:mark], args.sample, strangers) for mark in marks}

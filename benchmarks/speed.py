@@ -40,21 +40,21 @@ from torch import nn
 
 import baft_intervention
 from baft_intervention import BaftConfig, BaftEditor, EditRequest
-from baft_intervention.models import find_blocks, hidden_size, load_model, text_config
+from baft_intervention.models.loading import find_blocks, hidden_size, load_model, text_config
+from baft_intervention.runtime.onednn_linear import product
+from baft_intervention.runtime.partial_forward import predicting, used_width
 from baft_intervention.training.batch import Batch
 from baft_intervention.training.engine import (
     Job,
     ReferenceEngine,
     Row,
-    Surroundings,
+    TrainingContext,
     edit_seed,
     encode_request,
     frozen,
     make_maps,
 )
 from baft_intervention.training.fast import FastEngine
-from baft_intervention.training.products import product
-from baft_intervention.training.suffix import predicting, used_width
 
 RANK, LEARNING_RATE = 12, 1e-2
 PROMPT, TARGET = 16, 3  # tokens of an edit; METHOD's timings had 19 in all
@@ -281,7 +281,7 @@ def fast_step(model: Any, tokenizer: Any, case: Case, rows: list[Row]) -> Iterat
         suffix = engine.prepare([row for job in jobs.values() for row in job.rows])
         if suffix is None:
             raise RuntimeError("the fast path cannot be taken for this model")
-        yield Batch(jobs, suffix, config, case.layers, Surroundings()).step
+        yield Batch(jobs, suffix, config, case.layers, TrainingContext()).step
 
 
 def profile(model: Any, tokenizer: Any, case: Case) -> str:
@@ -341,7 +341,8 @@ def measure(model: Any, tokenizer: Any, case: Case, args: argparse.Namespace, cl
             reference = ReferenceEngine(model, tokenizer, reference_config, case.layers)
             jobs = make_jobs(case, chosen, reference_config, hidden_size(model))
             # count steps and a last look
-            taken["reference"] = clock(lambda: list(reference.train_many(jobs, Surroundings()))) / len(chosen) / count  # noqa: B023
+            seconds = clock(lambda: list(reference.train_many(jobs, TrainingContext())))  # noqa: B023
+            taken["reference"] = seconds / len(chosen) / count
             taken["fast"] = clock(lambda: [step() for _ in range(count)]) / count / case.edits
             rates.append(matrix_rate(clock, device, dtype))
             if number:
@@ -377,7 +378,7 @@ def throughput(
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    taken = clock(lambda: list(engine.train_many(jobs, Surroundings())))
+    taken = clock(lambda: list(engine.train_many(jobs, TrainingContext())))
     peak = torch.cuda.max_memory_allocated() if cuda else None
     return {"edits_per_second_20_steps": round(case.edits / taken, 3), "peak_memory_bytes": peak}
 

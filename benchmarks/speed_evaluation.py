@@ -29,9 +29,9 @@ from baft_intervention.errors import BaftError
 from baft_intervention.evaluation.edited import EditedModel
 from baft_intervention.evaluation.methods import load_method
 from baft_intervention.evaluation.metrics import kl_divergence
-from baft_intervention.evaluation.plan import Query
+from baft_intervention.evaluation.queries import Query
 from baft_intervention.evaluation.scoring import QueryScore, Scorer
-from baft_intervention.models import load_model
+from baft_intervention.models.loading import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 

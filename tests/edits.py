@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from baft_intervention.config import BaftConfig
-from baft_intervention.editor import BaftEditor
+from baft_intervention.editor.editor import BaftEditor
 from baft_intervention.requests import EditRequest
 
 # given to the editor as its bank, so that no test waits for a tiny model to write texts

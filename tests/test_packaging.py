@@ -42,7 +42,7 @@ def test_versions_agree(setup: configparser.ConfigParser) -> None:
 
 def test_the_command_is_there() -> None:
     (entry,) = importlib.metadata.entry_points(group="console_scripts", name="baft")
-    assert entry.value == "baft_intervention.cli:main"
+    assert entry.value == "baft_intervention.cli.main:main"
     assert callable(entry.load())
 
 
@@ -112,7 +112,7 @@ def test_wheel_from_outside_the_tree(tmp_path: Path) -> None:
     here = ROOT / "baft_intervention"
     wanted = {str(p.relative_to(ROOT)) for p in here.rglob("*") if p.suffix in {".py", ".json", ".yaml", ".typed"}}
     assert shipped == wanted
-    code = "import baft_intervention as b, baft_intervention.models; print(b.__file__, b.__version__)"
+    code = "import baft_intervention as b, baft_intervention.models.loading; print(b.__file__, b.__version__)"
     where, version = _python("-P", "-c", code, cwd=tmp_path, PYTHONPATH=str(target)).split()
     assert Path(where).is_relative_to(target)
     assert version == baft_intervention.__version__

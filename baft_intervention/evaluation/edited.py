@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from ..models.tokenization import encode_prompt, pad_token_id
 from ..requests import EditRequest
-from ..tokenization import encode_prompt, pad_token_id
 from .forward import LogitReader, decode_tokens, end_token_ids
 
 

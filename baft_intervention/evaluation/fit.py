@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from ..errors import EditError
+from ..models.tokenization import encode_pair, pad_rows, pad_token_id
 from ..requests import EditRequest
-from ..tokenization import encode_pair, pad_rows, pad_token_id
 from .forward import BlockInput, LogitReader, capture_block_input, resume_at
 
 _CHUNK_TOKENS = 4096  # padded tokens that are trained at once; larger batches accumulate gradients

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models import compute_device, find_blocks
-from ..tokenization import pad_rows
+from ..models.loading import compute_device, find_blocks
+from ..models.tokenization import pad_rows
 
 logger = logging.getLogger(__name__)
 

@@ -35,14 +35,14 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from .. import distributed
-from ..chat import render_request
 from ..errors import BaftError, ConfigError, EditError
+from ..models.chat import render_request
 from ..requests import EditRequest
+from ..runtime import distributed
 from .edited import EditedModel
-from .judge import judge
 from .methods import Method
-from .plan import Question, RecordPlan
+from .queries import Question, RecordPlan
+from .record_metrics import judge
 from .records import RecordFile, dump_line
 from .scoring import QueryScore, Scorer
 

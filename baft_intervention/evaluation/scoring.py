@@ -22,14 +22,14 @@ from typing import Any
 import torch
 
 from ..errors import EditError
-from ..models import compute_device, find_blocks, model_fingerprint
+from ..models.loading import compute_device, find_blocks, model_fingerprint
+from ..models.tokenization import encode_prompt, pad_rows, pad_token_id
 from ..requests import EditRequest
-from ..tokenization import encode_prompt, pad_rows, pad_token_id
+from .baseline_outputs import BaselineCache, BaselineOutputs, baseline_key, code_version
 from .edited import EditedModel
 from .forward import BlockInput, LogitReader, recording_block_inputs, resume_at
 from .metrics import kl_divergence
-from .plan import Query, RecordPlan, Row, make_rows, pack, plan_request
-from .priors import Prior, PriorStore, code_version, prior_key
+from .queries import Query, RecordPlan, Row, make_rows, pack, plan_request
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Scorer:
             last of them that is not above its :attr:`EditedModel.first_changed_block`. Empty keeps nothing.
         keep_log_probs: keep the unedited model's whole log-probabilities instead of hidden states; needed for methods that
             change the output head, and large.
-        replies, contrasts: see :func:`~baft_intervention.evaluation.plan.plan_request`.
+        replies, contrasts: see :func:`~baft_intervention.evaluation.queries.plan_request`.
         token_budget: padded tokens a batch.
         cache: folder of the unedited model's answers, or a store; in memory where left out.
         fingerprint: of the model's parameters, where known; computed otherwise.
@@ -79,7 +79,7 @@ class Scorer:
         replies: int = 4,
         contrasts: int = 1,
         token_budget: int = 4096,
-        cache: PriorStore | str | None = None,
+        cache: BaselineCache | str | None = None,
         fingerprint: str | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -87,7 +87,7 @@ class Scorer:
         self.resume_blocks = tuple(sorted({b for x in resume_depths if 0 < (b := round(x * depth)) < depth}))
         self.keep_log_probs = keep_log_probs
         self.replies, self.contrasts, self.token_budget = replies, contrasts, token_budget
-        self.store = cache if isinstance(cache, PriorStore) else PriorStore(cache)
+        self.store = cache if isinstance(cache, BaselineCache) else BaselineCache(cache)
         self.reader = LogitReader(model)
         self.fingerprint = fingerprint or model_fingerprint(model)
         self._settings: dict[str, Any] | None = None
@@ -135,7 +135,7 @@ class Scorer:
                 progress(1)
         return computed
 
-    def prior(self, request: EditRequest, *, blocks: Sequence[int] = ()) -> Prior:
+    def baseline(self, request: EditRequest, *, blocks: Sequence[int] = ()) -> BaselineOutputs:
         """The unedited model's answers, with the inputs of ``blocks``.
 
         Raises:
@@ -171,10 +171,10 @@ class Scorer:
                 "log_probs": self.keep_log_probs,
                 "token_budget": self.token_budget,
             }
-        return prior_key(plan.queries, rows, self._settings)
+        return baseline_key(plan.queries, rows, self._settings)
 
     @torch.no_grad()
-    def _prior(self, plan: RecordPlan, rows: list[Row], place: list[int]) -> Prior:
+    def _prior(self, plan: RecordPlan, rows: list[Row], place: list[int]) -> BaselineOutputs:
         predicted: list[list[int]] = [[] for _ in plan.queries]
         log_probs: list[list[float]] = [[] for _ in plan.queries]
         states: list[torch.Tensor | None] = [None] * len(plan.queries)
@@ -202,7 +202,7 @@ class Scorer:
                 if query.divergence:
                     states[q] = keep[start : start + query.width].cpu()
         kept = [s for s in states if s is not None]
-        return Prior(
+        return BaselineOutputs(
             predicted,
             log_probs,
             torch.cat(kept) if kept else torch.zeros(0, 1),
@@ -223,48 +223,50 @@ class Scorer:
         self._check_reader()
         plans = [self.plan(r) for r in requests]
         block = max((b for b in self.resume_blocks if b <= edited.first_changed_block), default=0)
-        priors = [self.prior(r, blocks=(block,) if block else ()) for r in requests]
+        baselines = [self.baseline(r, blocks=(block,) if block else ()) for r in requests]
         queries = [q for plan in plans for q in plan.queries]
         owner = [i for i, plan in enumerate(plans) for _ in plan.queries]
         texts = {q.prompt: edited.rewrite(q.prompt) for q in queries}
         same = all(text == prompt for prompt, text in texts.items())
         if same:
-            rows, place, inputs = self._joined(plans, priors, block)
+            rows, place, inputs = self._joined(plans, baselines, block)
         else:
             ids = {prompt: tuple(encode_prompt(self.tokenizer, text)) for prompt, text in texts.items()}
             rows, place = make_rows(queries, lambda q: ids[q.prompt])
             inputs = []
-        states = [s for plan, prior in zip(plans, priors, strict=True) for s in _split_states(plan, prior)]
+        states = [s for plan, baseline in zip(plans, baselines, strict=True) for s in _split_states(plan, baseline)]
         found: list[tuple[list[int], list[float], list[float]]] = [([], [], [])] * len(queries)
         for batch in pack(rows, token_budget=self.token_budget, read_budget=self.read_budget):
-            self._score_batch(edited, rows, batch, queries, place, states, (block, inputs, priors[0].as_tuple), found)
+            self._score_batch(
+                edited, rows, batch, queries, place, states, (block, inputs, baselines[0].as_tuple), found
+            )
         scores: list[list[QueryScore]] = [[] for _ in requests]
         number = [0] * len(requests)
         for q, query in enumerate(queries):
-            prior, local = priors[owner[q]], number[owner[q]]
+            baseline, local = baselines[owner[q]], number[owner[q]]
             number[owner[q]] += 1
             predicted, log_probs, divergence = found[q]
             scores[owner[q]].append(
                 QueryScore(
-                    query, tuple(predicted), tuple(prior.predicted[local]),
-                    tuple(log_probs), tuple(prior.log_probs[local]), tuple(divergence),
+                    query, tuple(predicted), tuple(baseline.predicted[local]),
+                    tuple(log_probs), tuple(baseline.log_probs[local]), tuple(divergence),
                 )
             )  # fmt: skip
         return scores
 
     def _joined(
-        self, plans: list[RecordPlan], priors: list[Prior], block: int
+        self, plans: list[RecordPlan], baselines: list[BaselineOutputs], block: int
     ) -> tuple[list[Row], list[int], list[torch.Tensor]]:
         """The records' own rows one after another, with what enters the resume block for each."""
         rows: list[Row] = []
         place: list[int] = []
         inputs: list[torch.Tensor] = []
-        for plan, prior in zip(plans, priors, strict=True):
+        for plan, baseline in zip(plans, baselines, strict=True):
             own, where = make_rows(plan.queries)
             place += [len(rows) + r for r in where]
             rows += own
-            if block in prior.block_inputs:
-                inputs += prior.block_inputs[block].split([len(r.ids) for r in own])
+            if block in baseline.block_inputs:
+                inputs += baseline.block_inputs[block].split([len(r.ids) for r in own])
         return rows, place, inputs if len(inputs) == len(rows) else []
 
     def _score_batch(self, edited, rows, batch, queries, place, states, kept, found) -> None:
@@ -355,7 +357,7 @@ def _target_log_probs(logits: torch.Tensor, normal: torch.Tensor, start: int, qu
     return (logits[at, target].float() - normal[at]).tolist()
 
 
-def _split_states(plan: RecordPlan, prior: Prior) -> list[torch.Tensor | None]:
+def _split_states(plan: RecordPlan, baseline: BaselineOutputs) -> list[torch.Tensor | None]:
     widths = [q.width for q in plan.queries if q.divergence]
-    parts = iter(prior.states.split(widths) if widths else ())
+    parts = iter(baseline.states.split(widths) if widths else ())
     return [next(parts) if q.divergence else None for q in plan.queries]

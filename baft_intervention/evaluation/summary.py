@@ -68,7 +68,7 @@ def costs_of(folder: Path, records: Sequence[Mapping[str, Any]]) -> dict[str, An
     times = list(read_lines(folder / "timings.jsonl")) if (folder / "timings.jsonl").is_file() else []
     edits = [t for t in times if "edit_seconds" in t and not t["again"]]
     asked = [t for t in times if "score_seconds" in t]
-    priors = [t for t in times if "prior_seconds" in t]
+    baselines = [t for t in times if "prior_seconds" in t]
 
     def per(values: Sequence[Mapping[str, Any]], seconds: str, count: str) -> float | None:
         total = sum(v[count] for v in values)
@@ -79,7 +79,7 @@ def costs_of(folder: Path, records: Sequence[Mapping[str, Any]]) -> dict[str, An
         "seconds_per_edit_median": statistics.median(t["edit_seconds"] / t["edits"] for t in edits) if edits else None,
         "score_seconds_per_record": per(asked, "score_seconds", "records"),
         "generate_seconds_per_record": per(asked, "generate_seconds", "records"),
-        "prior_seconds_per_record": per(priors, "prior_seconds", "records"),
+        "prior_seconds_per_record": per(baselines, "prior_seconds", "records"),
         "setup_seconds": max((t["setup_seconds"] for t in times if "setup_seconds" in t), default=None),
         "steps": mean(r["steps"] for r in records),
         "final_loss": mean(r["final_loss"] for r in records),

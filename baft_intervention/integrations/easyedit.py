@@ -32,12 +32,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Edit
 from ..config import BaftConfig
-from ..editor import BaftEditor
+from ..editor.editor import BaftEditor
 from ..errors import ConfigError, RequestError
+from ..models.tokenization import encode_prompt
 from ..requests import EditRequest
-from ..tokenization import encode_prompt
+from ..runtime.adapter import Edit
 
 ALG_NAME = "BaFT"
 HPARAMS = Path(__file__).with_name("hparams")  # the YAML files that are shipped

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from ..editor import BaftEditor
+from ..editor.editor import BaftEditor
 from ..errors import ConfigError
-from ..tokenization import pad_rows, pad_token_id
+from ..models.tokenization import pad_rows, pad_token_id
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, ids of the context, ids of the answer
 

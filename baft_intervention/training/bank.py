@@ -22,13 +22,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..distributed import from_main, is_main
-from ..embedded import cache_folder
 from ..errors import ConfigError
-from ..models import compute_device, model_fingerprint
-from ..tokenization import pad_rows, pad_token_id
-from .reading import read_blocks
-from .relations import RELATIONS, dictionary
+from ..models.embedded import cache_folder
+from ..models.loading import compute_device, model_fingerprint
+from ..models.tokenization import pad_rows, pad_token_id
+from ..runtime.distributed import from_main, is_main
+from ..runtime.representations import read_blocks
+from .relation_dictionary import RELATIONS, dictionary
 
 logger = logging.getLogger(__name__)
 
@@ -101,21 +101,24 @@ def representations(
     for row in rows:
         inner = torch.randperm(max(len(row) - 2, 0), generator=generator)[: POSITIONS_PER_TEXT - 1] + 1
         columns.append(sorted({len(row) - 1, *inner.tolist()}))
-    return {layer: torch.cat(parts) for layer, parts in read_blocks(model, tokenizer, rows, columns, layers).items()}
+    return {
+        layer: torch.cat(name_scores)
+        for layer, name_scores in read_blocks(model, tokenizer, rows, columns, layers).items()
+    }
 
 
 def relation_representations(model: nn.Module, tokenizer: Any, layers: Sequence[int]) -> dict[int, Tensor]:
     """Last-token block outputs of the relation dictionary's prompts, in its order: ``layer -> (N, d)`` fp32."""
     rows = [list(tokenizer(asked.text)["input_ids"]) for asked in dictionary()]
     found = read_blocks(model, tokenizer, rows, [[len(row) - 1] for row in rows], layers)
-    return {layer: torch.cat(parts) for layer, parts in found.items()}
+    return {layer: torch.cat(name_scores) for layer, name_scores in found.items()}
 
 
 def start_representations(model: nn.Module, tokenizer: Any, layers: Sequence[int]) -> dict[int, Tensor]:
     """Block outputs at the first token of texts that begin with a common word: ``layer -> (K, d)`` fp32."""
     rows = [list(tokenizer(f"{noun.capitalize()} is")["input_ids"]) for noun, _, _ in RELATIONS]
     found = read_blocks(model, tokenizer, rows, [[0]] * len(rows), layers)
-    return {layer: torch.cat(parts) for layer, parts in found.items()}
+    return {layer: torch.cat(name_scores) for layer, name_scores in found.items()}
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..config import BaftConfig
-from ..distributed import Together
 from ..errors import EditError
-from .engine import Job, Surroundings, TrainedEdit, check_loss, map_tensors, summed, use_of, watching
+from ..runtime.distributed import DataParallel
+from ..runtime.partial_forward import Suffix
+from .engine import Job, TrainedEdit, TrainingContext, check_loss, map_tensors, summed, use_of, watching
 from .stacked import Places, StackedMaps
-from .suffix import Suffix
 
 Results = dict[int, TrainedEdit | EditError]
 """What became of jobs, by their numbers."""
@@ -43,15 +43,15 @@ class Batch:
         suffix: Suffix,
         config: BaftConfig,
         layers: Sequence[int],
-        around: Surroundings,
+        context: TrainingContext,
         *,
         spent: float = 0.0,
-        together: Together | None = None,
+        data_parallel: DataParallel | None = None,
     ):
-        self.jobs, self.suffix, self.config, self.together = jobs, suffix, config, together
-        bank = {n: around.bank[n] for n in layers if n in around.bank} if config.locality_coefficient else {}
+        self.jobs, self.suffix, self.config, self.data_parallel = jobs, suffix, config, data_parallel
+        bank = {n: context.bank[n] for n in layers if n in context.bank} if config.locality_coefficient else {}
         maps = [job.maps for job in jobs.values()]
-        self.maps = StackedMaps(maps, config, suffix.device, used=around.used, bank=bank, earlier=around.earlier)
+        self.maps = StackedMaps(maps, config, suffix.device, used=context.used, bank=bank, earlier=context.earlier)
         self.active = list(jobs)
         self.losses: dict[int, float] = {}
         self._layout = _Layout(list(jobs.values()), suffix)
@@ -65,11 +65,11 @@ class Batch:
         """
         begin, config = time.perf_counter(), self.config
         last = self.maps.step == config.steps
-        together, part = self.together, 1.0 if self.together is None else self.together.share
-        with torch.set_grad_enabled(not last), watching(together):
+        data_parallel, part = self.data_parallel, 1.0 if self.data_parallel is None else self.data_parallel.share
+        with torch.set_grad_enabled(not last), watching(data_parallel):
             losses, hits = self.suffix.losses(self.maps.changes(self._layout.places))
             edit = self._layout.sum(losses * self._layout.share)  # (E,)
-            total = (part * edit + self.maps.penalties(together)).sum()
+            total = (part * edit + self.maps.penalties(data_parallel)).sum()
             missed = (~hits).float()
             own = [
                 losses.detach() * self._layout.own,
@@ -78,7 +78,7 @@ class Batch:
             ]
             found = torch.stack([self._layout.sum(each) for each in own])
         # the one time a step that the accelerator is waited for
-        values = (found if together is None else together.mean([found])[0]).tolist()
+        values = (found if data_parallel is None else data_parallel.mean([found])[0]).tolist()
         self.losses = dict(zip(self.active, values[0], strict=True))
         leaving: dict[int, tuple[float, bool]] = {}
         for k, (loss, missed, missed_or_open) in enumerate(zip(*values, strict=True)):
@@ -88,9 +88,9 @@ class Batch:
         results = self._part(leaving) if leaving else {}
         begin = time.perf_counter()
         if len(leaving) < len(self.active):
-            with watching(together):
+            with watching(data_parallel):
                 gradients = self.maps.gradients(total)
-            self.maps.update(summed(gradients, together))
+            self.maps.update(summed(gradients, data_parallel))
             self._spent += (time.perf_counter() - begin) / len(self.active)
         if leaving:
             self._keep([k for k in range(len(self.active)) if k not in leaving])
@@ -98,7 +98,7 @@ class Batch:
 
     def _part(self, leaving: Mapping[int, tuple[float, bool]]) -> Results:
         results: Results = {}
-        used = {layer: use_of(weights, self.together).cpu() for layer, weights in self.maps.weights.items()}
+        used = {layer: use_of(weights, self.data_parallel).cpu() for layer, weights in self.maps.weights.items()}
         for k, (loss, reached) in leaving.items():
             job = self.jobs[self.active[k]]
             try:

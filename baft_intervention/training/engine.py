@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..basis_map import BasisWeightedMap
 from ..config import BaftConfig
-from ..distributed import Together
+from ..core.basis_map import BasisWeightedMap
+from ..core.losses import balance_loss, locality_loss, output_loss, token_losses
+from ..core.positions import prompt_positions
 from ..errors import EditError
-from ..hooks import hook_block
-from ..losses import balance_loss, locality_loss, output_loss, token_losses
-from ..models import compute_device, find_blocks, spread
-from ..positions import prompt_positions
+from ..models.loading import compute_device, find_blocks, spread
+from ..models.tokenization import IGNORE_INDEX, encode_pair, pad_rows, pad_token_id
 from ..requests import EditRequest
-from ..stack import is_shared
-from ..tokenization import IGNORE_INDEX, encode_pair, pad_rows, pad_token_id
+from ..runtime.call_state import hook_block
+from ..runtime.distributed import DataParallel
+from ..runtime.edit_stack import is_shared
 
 if TYPE_CHECKING:
     from .fast import FastEngine
@@ -102,7 +102,7 @@ class TrainedEdit:
 
 
 @dataclass
-class Surroundings:
+class TrainingContext:
     """What an edit meets: the bank, the use of bases so far, and earlier edits.
 
     Args:
@@ -246,22 +246,22 @@ class ReferenceEngine:
         self.model, self.tokenizer, self.config, self.layers = model, tokenizer, config, tuple(layers)
         self.blocks = find_blocks(model)
 
-    def train_many(self, jobs: Sequence[Job], around: Surroundings) -> Iterator[TrainedEdit]:
+    def train_many(self, jobs: Sequence[Job], context: TrainingContext) -> Iterator[TrainedEdit]:
         """Train independent jobs and yield their results in order."""
         for job in jobs:
-            yield self.train(job, around)
+            yield self.train(job, context)
 
-    def train_together(self, job: Job, around: Surroundings) -> TrainedEdit:
+    def train_data_parallel(self, job: Job, context: TrainingContext) -> TrainedEdit:
         """Train one edit on all ranks of the process group at once; every rank gets the same result.
 
         Raises:
             EditError: a loss that is not finite, or another rank that failed.
         """
-        together, rows = Together.of(job.rows)
-        return self.train(dataclasses.replace(job, rows=tuple(rows)), around, together)
+        data_parallel, rows = DataParallel.of(job.rows)
+        return self.train(dataclasses.replace(job, rows=tuple(rows)), context, data_parallel)
 
-    def train(self, job: Job, around: Surroundings, together: Together | None = None) -> TrainedEdit:
-        """Train one edit (or one joint group of requests); with ``together``, on this rank's rows of it.
+    def train(self, job: Job, context: TrainingContext, data_parallel: DataParallel | None = None) -> TrainedEdit:
+        """Train one edit (or one joint group of requests); with ``data_parallel``, on this rank's rows of it.
 
         Raises:
             EditError: a loss that is not finite.
@@ -284,18 +284,18 @@ class ReferenceEngine:
         # each layer's part of the edit lives where its layer does
         home = {layer: compute_device(self.blocks[layer]) for layer in self.layers}
         maps = {layer: module.to(home[layer]) for layer, module in job.maps.items()}
-        bank = {layer: around.bank[layer].to(home[layer]) for layer in self.layers if layer in around.bank}
+        bank = {layer: context.bank[layer].to(home[layer]) for layer in self.layers if layer in context.bank}
 
         with frozen(self.model):
             parameters = [p for m in maps.values() for p in m.parameters() if p.requires_grad]
             optimiser = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
             loss = math.inf
-            outside = self.outside(around) if config.output_coefficient else None
+            outside = self.outside(context) if config.output_coefficient else None
             reached, steps = False, 0
             weights: dict[int, Tensor] = {}
             for steps in range(config.steps + 1):  # the last round only looks at the result
-                with torch.enable_grad(), watching(together):
-                    with self._hooked(maps, where, around) as weights:
+                with torch.enable_grad(), watching(data_parallel):
+                    with self._hooked(maps, where, context) as weights:
                         logits = self.model(**batch).logits
                     labels, share, own = (t.to(logits.device) for t in (labels, share, own))
                     tokens = token_losses(logits, labels)
@@ -304,32 +304,32 @@ class ReferenceEngine:
                     # of the target alone; and with what ends it
                     missed = [(wrong & (weight[:, 1:] > 0)).float().sum() for weight in (own, share)]
                 found = [(tokens.detach() * own[:, 1:]).sum(1).mean(), *missed]
-                loss, *missing = map(float, found if together is None else together.mean(found))
+                loss, *missing = map(float, found if data_parallel is None else data_parallel.mean(found))
                 reached = missing[0] == 0
                 check_loss(loss, steps, job, config)
                 if steps == config.steps or (missing[1] == 0 and loss < config.loss_target):
                     break
                 optimiser.zero_grad(set_to_none=True)
-                with torch.enable_grad(), watching(together):
-                    part = 1.0 if together is None else together.share
-                    total = part * edit + self._regularisation(maps, weights, around, bank, together)
+                with torch.enable_grad(), watching(data_parallel):
+                    part = 1.0 if data_parallel is None else data_parallel.share
+                    total = part * edit + self._regularisation(maps, weights, context, bank, data_parallel)
                     if outside is not None:
-                        moved = output_loss(self.at_the_end(outside, maps, around), outside.before)
+                        moved = output_loss(self.at_the_end(outside, maps, context), outside.before)
                         total = total + part * config.output_coefficient * moved.to(total.device)
                     gradients = torch.autograd.grad(total, parameters, allow_unused=True)
-                for parameter, gradient in zip(parameters, summed(gradients, together), strict=True):
+                for parameter, gradient in zip(parameters, summed(gradients, data_parallel), strict=True):
                     parameter.grad = gradient
                 torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
                 optimiser.param_groups[0]["lr"] = config.rate_at(steps)
                 optimiser.step()
-        used = {layer: use_of(weights[layer], together).cpu() for layer in self.layers}
+        used = {layer: use_of(weights[layer], data_parallel).cpu() for layer in self.layers}
         tensors = {layer: map_tensors(module) for layer, module in maps.items()}
         return TrainedEdit(tensors, used, loss, steps, time.perf_counter() - begin, reached)
 
-    def outside(self, around: Surroundings) -> Outside:
-        """What the output loss looks at, from the texts of ``around``."""
+    def outside(self, context: TrainingContext) -> Outside:
+        """What the output loss looks at, from the texts of ``context``."""
         device = compute_device(self.model)
-        ids, mask = pad_rows(around.texts, pad_token_id(self.tokenizer))
+        ids, mask = pad_rows(context.texts, pad_token_id(self.tokenizer))
         batch = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
         where = (torch.arange(len(ids)), mask.sum(1) - 1)
         with torch.no_grad():
@@ -337,15 +337,15 @@ class ReferenceEngine:
             before = logits[tuple(index.to(logits.device) for index in where)].float().log_softmax(-1)
         return Outside(batch, where, before)
 
-    def at_the_end(self, outside: Outside, maps: Mapping[int, BasisWeightedMap], around: Surroundings) -> Tensor:
+    def at_the_end(self, outside: Outside, maps: Mapping[int, BasisWeightedMap], context: TrainingContext) -> Tensor:
         """The edited model's logits ``(N, V)`` at the texts' last tokens."""
-        with self._hooked(maps, outside.where, around):
+        with self._hooked(maps, outside.where, context):
             logits = self.model(**outside.batch).logits
         return logits[tuple(index.to(logits.device) for index in outside.where)]
 
     @contextlib.contextmanager
     def _hooked(
-        self, maps: Mapping[int, BasisWeightedMap], where: tuple, around: Surroundings
+        self, maps: Mapping[int, BasisWeightedMap], where: tuple, context: TrainingContext
     ) -> Iterator[dict[int, Tensor]]:
         weights: dict[int, Tensor] = {}
 
@@ -354,8 +354,8 @@ class ReferenceEngine:
                 here = tuple(index.to(hidden.device) for index in where)
                 x = hidden[here].float()
                 delta, weights[layer] = maps[layer].update(x)
-                if layer in around.earlier:
-                    delta = delta + around.earlier[layer](x)
+                if layer in context.earlier:
+                    delta = delta + context.earlier[layer](x)
                 return hidden.index_put(here, (x + delta).to(hidden.dtype))
 
             return apply
@@ -371,43 +371,43 @@ class ReferenceEngine:
         self,
         maps: Mapping,
         weights: Mapping[int, Tensor],
-        around: Surroundings,
+        context: TrainingContext,
         bank: Mapping,
-        together: Together | None = None,
+        data_parallel: DataParallel | None = None,
     ) -> Tensor | float:
         config, total = self.config, 0.0
         device = compute_device(self.model)
         for layer, module in maps.items():
             if config.locality_coefficient and layer in bank:
-                part = 1.0 if together is None else together.share
+                part = 1.0 if data_parallel is None else data_parallel.share
                 total = total + part * config.locality_coefficient * locality_loss(module.weighting(bank[layer])).to(
                     device
                 )
             if config.balance_coefficient:
                 own = weights[layer]
-                used = around.used.get(layer, torch.zeros(config.rank)).to(own.device)
-                if together is not None:
-                    own, used = together.use(own, used)
+                used = context.used.get(layer, torch.zeros(config.rank)).to(own.device)
+                if data_parallel is not None:
+                    own, used = data_parallel.use(own, used)
                 total = total + config.balance_coefficient * balance_loss(own, used).to(device)
         return total
 
 
-def watching(together: Together | None) -> contextlib.AbstractContextManager[None]:
-    """Inside, an error reaches the ranks that train the same edit; see :meth:`Together.watched`."""
-    return contextlib.nullcontext() if together is None else together.watched()
+def watching(data_parallel: DataParallel | None) -> contextlib.AbstractContextManager[None]:
+    """Inside, an error reaches the ranks that train the same edit; see :meth:`DataParallel.watched`."""
+    return contextlib.nullcontext() if data_parallel is None else data_parallel.watched()
 
 
-def summed(gradients: Sequence[Tensor | None], together: Together | None) -> list[Tensor | None]:
+def summed(gradients: Sequence[Tensor | None], data_parallel: DataParallel | None) -> list[Tensor | None]:
     """The gradient of an edit from those of its parts; None stays None, it is so on every rank."""
-    if together is None:
+    if data_parallel is None:
         return list(gradients)
-    found = iter(together.sum([g for g in gradients if g is not None]))
+    found = iter(data_parallel.sum([g for g in gradients if g is not None]))
     return [None if g is None else next(found) for g in gradients]
 
 
-def use_of(weights: Tensor, together: Together | None) -> Tensor:
+def use_of(weights: Tensor, data_parallel: DataParallel | None) -> Tensor:
     """Use of the bases ``(..., r)`` by an edit with the weights ``(..., n, r)``, on all ranks together."""
-    return weights.detach().sum(-2) if together is None else together.total(weights)
+    return weights.detach().sum(-2) if data_parallel is None else data_parallel.total(weights)
 
 
 def make_engine(
@@ -425,8 +425,8 @@ def make_engine(
     reason = "" if config.engine == "reference" else spread(model)
     if reason:
         logger.warning("%s: %s; edits are trained by whole calls of it, not by the fast engine", _name(model), reason)
-    whole = reason or config.engine == "reference" or config.output_coefficient
-    kind = ReferenceEngine if whole else FastEngine
+    combined_subject_score = reason or config.engine == "reference" or config.output_coefficient
+    kind = ReferenceEngine if combined_subject_score else FastEngine
     engine = kind(model, tokenizer, config, layers)
     in_order = config.allocation == "joint" and (config.order == "depth" or config.mini_batch)
     return JointEngine(engine) if in_order else engine

@@ -24,21 +24,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..basis_map import BasisWeightedMap
 from ..config import BaftConfig
-from ..distributed import Together
+from ..core.basis_map import BasisWeightedMap
 from ..errors import BaftError, EditError
-from ..hooks import hook_block
-from ..models import find_blocks
-from ..stack import is_shared
-from ..tokenization import IGNORE_INDEX, pad_token_id
+from ..models.loading import find_blocks
+from ..models.tokenization import IGNORE_INDEX, pad_token_id
+from ..runtime.block_stubs import Unsafe, foreign_hooks
+from ..runtime.call_state import hook_block
+from ..runtime.distributed import DataParallel
+from ..runtime.edit_stack import is_shared
+from ..runtime.output_head import Head
+from ..runtime.partial_forward import Reading, Replay, Suffix, Through, read, tolerance, used_width
 from .batch import Batch, Results
-from .engine import Job, ReferenceEngine, Row, Surroundings, TrainedEdit, frozen, watching
-from .head import Head
+from .engine import Job, ReferenceEngine, Row, TrainedEdit, TrainingContext, frozen, watching
 from .memory import edit_bytes, free_bytes, out_of_memory
 from .stacked import signature
-from .standing import Unsafe, foreign_hooks
-from .suffix import Reading, Replay, Suffix, Through, read, tolerance, used_width
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class FastEngine:
 
     # ------------------------------------------------------------------------------------------ many edits
 
-    def train_many(self, jobs: Sequence[Job], around: Surroundings) -> Iterator[TrainedEdit]:
+    def train_many(self, jobs: Sequence[Job], context: TrainingContext) -> Iterator[TrainedEdit]:
         """Train independent jobs in stacks of similar length and yield their results in order.
 
         Raises:
@@ -101,7 +101,7 @@ class FastEngine:
             while stacks:
                 stack = stacks.pop(0)
                 try:
-                    self._train_stack({i: jobs[i] for i in stack}, around, waiting)
+                    self._train_stack({i: jobs[i] for i in stack}, context, waiting)
                 except Exception as error:
                     if not out_of_memory(error) or len(stack) == 1:
                         raise
@@ -121,19 +121,19 @@ class FastEngine:
                     turn += 1
             begin = window.stop
 
-    def train(self, job: Job, around: Surroundings) -> TrainedEdit:
+    def train(self, job: Job, context: TrainingContext) -> TrainedEdit:
         """Train one edit."""
-        return next(self.train_many([job], around))
+        return next(self.train_many([job], context))
 
-    def train_together(self, job: Job, around: Surroundings) -> TrainedEdit:
+    def train_data_parallel(self, job: Job, context: TrainingContext) -> TrainedEdit:
         """Train one edit on all ranks of the process group at once; every rank gets the same result.
 
         Raises:
             EditError: a loss that is not finite, or another rank that failed.
         """
-        together, rows = Together.of(job.rows)
+        data_parallel, rows = DataParallel.of(job.rows)
         results: Results = {}
-        self._train_stack({0: dataclasses.replace(job, rows=tuple(rows))}, around, results, together)
+        self._train_stack({0: dataclasses.replace(job, rows=tuple(rows))}, context, results, data_parallel)
         if isinstance(results[0], EditError):
             raise results[0]
         return results[0]
@@ -158,21 +158,27 @@ class FastEngine:
     # ------------------------------------------------------------------------------------------ one stack
 
     def _train_stack(
-        self, jobs: Mapping[int, Job], around: Surroundings, results: Results, together: Together | None = None
+        self,
+        jobs: Mapping[int, Job],
+        context: TrainingContext,
+        results: Results,
+        data_parallel: DataParallel | None = None,
     ) -> None:
         """Train ``jobs``, by their numbers, and enter what comes of each in ``results``."""
         begin = time.perf_counter()
         with frozen(self.model):
             suffix = None
             if all(stackable(job.maps) for job in jobs.values()):
-                with watching(together):
+                with watching(data_parallel):
                     suffix = self.prepare([row for job in jobs.values() for row in job.rows])
-            if together is not None and not together.all(suffix is not None):
+            if data_parallel is not None and not data_parallel.all(suffix is not None):
                 suffix = None  # what one rank cannot do, none does
             if suffix is not None:
                 try:
                     spent = time.perf_counter() - begin
-                    batch = Batch(jobs, suffix, self.config, self.layers, around, spent=spent, together=together)
+                    batch = Batch(
+                        jobs, suffix, self.config, self.layers, context, spent=spent, data_parallel=data_parallel
+                    )
                     while batch.active:
                         results.update(batch.step())
                 except Exception as error:
@@ -183,7 +189,7 @@ class FastEngine:
         for i, job in jobs.items():
             if i not in results:
                 try:
-                    results[i] = self._reference.train(job, around, together)
+                    results[i] = self._reference.train(job, context, data_parallel)
                 except EditError as error:
                     results[i] = error
 

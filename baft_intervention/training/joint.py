@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..basis_map import BasisWeightedMap
-from ..hooks import hook_block
-from ..losses import balance_loss, locality_loss, output_loss
-from ..models import compute_device
-from ..tokenization import pad_rows, pad_token_id
-from .engine import Job, ReferenceEngine, Row, Surroundings, TrainedEdit, check_loss, edit_seed, frozen, map_tensors
-from .suffix import Changes, Suffix
+from ..core.basis_map import BasisWeightedMap
+from ..core.losses import balance_loss, locality_loss, output_loss
+from ..models.loading import compute_device
+from ..models.tokenization import pad_rows, pad_token_id
+from ..runtime.call_state import hook_block
+from ..runtime.partial_forward import Changes, Suffix
+from .engine import Job, ReferenceEngine, Row, TrainedEdit, TrainingContext, check_loss, edit_seed, frozen, map_tensors
 
 _KEPT = 1024  # rows whose unedited part is kept from one epoch to the next; of more it is computed again
 _AT_ONCE = 32  # rows that are looked at together
@@ -42,16 +42,16 @@ class JointEngine:
     def __init__(self, engine: Any):
         self.engine, self.config, self.layers = engine, engine.config, engine.layers
 
-    def train_many(self, jobs: Sequence[Job], around: Surroundings) -> Any:
+    def train_many(self, jobs: Sequence[Job], context: TrainingContext) -> Any:
         """Train one job after another and yield their results in order."""
         for job in jobs:
-            yield self.train(job, around)
+            yield self.train(job, context)
 
-    def train_together(self, job: Job, around: Surroundings) -> TrainedEdit:
+    def train_data_parallel(self, job: Job, context: TrainingContext) -> TrainedEdit:
         """The same on each rank of a process group: every step depends on the one before it."""
-        return self.train(job, around)
+        return self.train(job, context)
 
-    def train(self, job: Job, around: Surroundings) -> TrainedEdit:
+    def train(self, job: Job, context: TrainingContext) -> TrainedEdit:
         """Train one joint group of requests.
 
         Raises:
@@ -59,40 +59,40 @@ class JointEngine:
         """
         begin = time.perf_counter()
         with frozen(self.engine.model):
-            steps = self._depth(job, around) if self.config.order == "depth" else self._breadth(job, around)
-            loss, reached, _, used = self._look(job, self._pieces(job, self.config.mini_batch or _AT_ONCE), around)
+            steps = self._depth(job, context) if self.config.order == "depth" else self._breadth(job, context)
+            loss, reached, _, used = self._look(job, self._pieces(job, self.config.mini_batch or _AT_ONCE), context)
             check_loss(loss, steps, job, self.config)
         tensors = {layer: map_tensors(module) for layer, module in job.maps.items()}
         return TrainedEdit(tensors, used, loss, steps, time.perf_counter() - begin, reached)
 
-    def _depth(self, job: Job, around: Surroundings) -> int:
+    def _depth(self, job: Job, context: TrainingContext) -> int:
         """Each request, with its augmentations, to its end; the steps of all."""
         steps, plain = 0, [i for i, request in enumerate(job.requests) if not request.messages]
         more = (len(job.rows) - len(job.requests)) // max(1, len(plain))
         owners = [*range(len(job.requests)), *(i for i in plain for _ in range(more))]
         for i, request in enumerate(job.requests):
             own = tuple(row for row, owner in zip(job.rows, owners, strict=True) if owner == i)
-            steps += self.engine.train(Job((request,), own, job.maps), around).steps  # the maps are trained in place
+            steps += self.engine.train(Job((request,), own, job.maps), context).steps  # the maps are trained in place
         return steps
 
-    def _breadth(self, job: Job, around: Surroundings) -> int:
+    def _breadth(self, job: Job, context: TrainingContext) -> int:
         generator = torch.Generator().manual_seed(edit_seed(self.config.seed, job.requests))
         pieces = self._pieces(job, self.config.mini_batch, generator)
         most = self.config.epochs * len(pieces) or self.config.steps
         config = dataclasses.replace(self.config, steps=most)  # the rate falls over all of them
         parameters = [p for m in job.maps.values() for p in m.parameters() if p.requires_grad]
         optimiser = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-        outside = self.engine.outside(around) if config.output_coefficient else None  # a reference engine, then
+        outside = self.engine.outside(context) if config.output_coefficient else None  # a reference engine, then
         step = 0
         while step < most:
             total, all_hit = 0.0, True
             for number in torch.randperm(len(pieces), generator=generator).tolist()[: most - step]:
                 with torch.enable_grad():
                     piece = pieces[number]()
-                    loss, own, hits, weights = self._loss(job, piece, around)
-                    penalty = self._penalty(job, weights, around)
+                    loss, own, hits, weights = self._loss(job, piece, context)
+                    penalty = self._penalty(job, weights, context)
                     if outside is not None:
-                        moved = output_loss(self.engine.at_the_end(outside, job.maps, around), outside.before)
+                        moved = output_loss(self.engine.at_the_end(outside, job.maps, context), outside.before)
                         penalty = penalty + config.output_coefficient * moved
                 check_loss(float(loss.detach()), step, job, config)
                 gradients = torch.autograd.grad(loss + penalty, parameters, allow_unused=True)
@@ -104,7 +104,7 @@ class JointEngine:
                 step += 1
                 total, all_hit = total + own / len(pieces), all_hit and bool(hits[piece[0].share > 0].all())
             if all_hit and total < config.loss_target:
-                own, _, ended, _ = self._look(job, pieces, around)  # what was seen was seen before its step
+                own, _, ended, _ = self._look(job, pieces, context)  # what was seen was seen before its step
                 if ended and own < config.loss_target:
                     break
         return step
@@ -117,23 +117,23 @@ class JointEngine:
         """Mini-batches of rows, dealt by ``generator`` or in their order: each gives its suffix and the rows' numbers."""
         count = len(job.rows)
         dealt = list(range(count)) if generator is None else torch.randperm(count, generator=generator).tolist()
-        parts = [dealt[i : i + size] for i in range(0, count, size)]
+        name_scores = [dealt[i : i + size] for i in range(0, count, size)]
         kept: dict[int, Suffix] = {}
 
         def piece(number: int) -> tuple[Suffix, list[int]]:
-            suffix = kept.get(number) or self._suffix([job.rows[i] for i in parts[number]])
+            suffix = kept.get(number) or self._suffix([job.rows[i] for i in name_scores[number]])
             if count <= _KEPT:
                 kept[number] = suffix
-            return suffix, parts[number]
+            return suffix, name_scores[number]
 
-        return [lambda number=number: piece(number) for number in range(len(parts))]
+        return [lambda number=number: piece(number) for number in range(len(name_scores))]
 
     def _suffix(self, rows: Sequence[Row]) -> Suffix:
         found = None if isinstance(self.engine, ReferenceEngine) else self.engine.prepare(rows)
         return _Whole(self.engine, rows) if found is None else found
 
     def _loss(
-        self, job: Job, piece: tuple[Suffix, list[int]], around: Surroundings
+        self, job: Job, piece: tuple[Suffix, list[int]], context: TrainingContext
     ) -> tuple[Tensor, float, Tensor, dict[int, Tensor]]:
         """Mean loss over the rows of a piece, that of the targets alone, which target tokens are hit, and ``layer -> w (n, r)``."""
         suffix, weights = piece[0], {}
@@ -145,8 +145,8 @@ class JointEngine:
                 here = index.to(hidden.device)
                 x = hidden[here].float()
                 delta, weights[layer] = module.to(hidden.device).update(x)
-                if layer in around.earlier:
-                    delta = delta + around.earlier[layer](x)
+                if layer in context.earlier:
+                    delta = delta + context.earlier[layer](x)
                 return hidden.index_put((here,), (x + delta).to(hidden.dtype))
 
             return apply
@@ -155,20 +155,20 @@ class JointEngine:
         own = float((losses.detach() * suffix.own).sum()) / len(suffix.rows)
         return (losses * suffix.share).sum() / len(suffix.rows), own, hits, weights
 
-    def _penalty(self, job: Job, weights: dict[int, Tensor], around: Surroundings) -> Tensor | float:
+    def _penalty(self, job: Job, weights: dict[int, Tensor], context: TrainingContext) -> Tensor | float:
         config, total, device = self.config, 0.0, compute_device(self.engine.model)
         for layer, module in job.maps.items():
-            if config.locality_coefficient and layer in around.bank:
-                bank = around.bank[layer].to(weights[layer].device)
+            if config.locality_coefficient and layer in context.bank:
+                bank = context.bank[layer].to(weights[layer].device)
                 total = total + config.locality_coefficient * locality_loss(module.weighting(bank)).to(device)
             if config.balance_coefficient:
-                used = around.used.get(layer, torch.zeros(config.rank)).to(weights[layer].device)
+                used = context.used.get(layer, torch.zeros(config.rank)).to(weights[layer].device)
                 total = total + config.balance_coefficient * balance_loss(weights[layer], used).to(device)
         return total
 
     @torch.no_grad()
     def _look(
-        self, job: Job, pieces: Sequence[Callable], around: Surroundings
+        self, job: Job, pieces: Sequence[Callable], context: TrainingContext
     ) -> tuple[float, bool, bool, dict[int, Tensor]]:
         """Mean loss over all targets, whether they are reached, and they and what ends them, and the use of the bases.
 
@@ -178,7 +178,7 @@ class JointEngine:
         used = {layer: torch.zeros(self.config.rank) for layer in job.maps}
         for piece in pieces:
             suffix, rows = piece()
-            _, own, hits, weights = self._loss(job, (suffix, rows), around)
+            _, own, hits, weights = self._loss(job, (suffix, rows), context)
             total += own * len(rows) / len(job.rows)
             reached, ended = reached and bool(hits[suffix.own > 0].all()), ended and bool(hits[suffix.share > 0].all())
             used = {layer: own + weights[layer].sum(0).cpu() for layer, own in used.items()}

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
 
-from ..basis_map import BasisWeightedMap
 from ..config import BaftConfig
-from ..distributed import Together
-from ..functional import baft_update
-from ..losses import balance_loss, locality_loss
-from ..orthonormal import orthonormal_rows, within
-from ..stack import is_shared
-from ..weighting import WeightingNetwork
+from ..core.basis_map import BasisWeightedMap
+from ..core.functional import baft_update
+from ..core.losses import balance_loss, locality_loss
+from ..core.orthonormal import orthonormal_rows, within
+from ..gates import WeightingNetwork
+from ..runtime.distributed import DataParallel
+from ..runtime.edit_stack import is_shared
 
 _WEIGHTING = "weighting."
 Maps = Mapping[int, BasisWeightedMap]
@@ -201,22 +201,22 @@ class StackedMaps:
             return single.unsqueeze(0) if single.ndim == 2 else single
         return vmap(lambda s, h: functional_call(network, s, (h,)), in_dims=(0, None if shared_input else 0))(own, x)
 
-    def penalties(self, together: Together | None = None) -> Tensor:
+    def penalties(self, data_parallel: DataParallel | None = None) -> Tensor:
         """``(E,)`` locality and balance terms of the weights of the last forward pass, coefficients included.
 
         Args:
             together: of the one edit that other ranks train too; the sum over ranks then is what one process has.
         """
         config, total = self.config, torch.zeros(len(self), device=self._device)
-        part = 1.0 if together is None else together.share
+        part = 1.0 if data_parallel is None else data_parallel.share
         for layer in self.layers:
             if config.locality_coefficient and layer in self.bank and layer in self._gates_trained:
                 unrelated = locality_loss(self._gates(layer, self.bank[layer]))
                 total = total + part * config.locality_coefficient * unrelated
             if config.balance_coefficient:
                 own, used = self.weights[layer], self.used[layer]
-                if together is not None:
-                    own, used = together.use(own, used)
+                if data_parallel is not None:
+                    own, used = data_parallel.use(own, used)
                 total = total + config.balance_coefficient * balance_loss(own, used)
         return total
 

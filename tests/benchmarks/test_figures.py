@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from baft_intervention.analysis import (
+from baft_intervention.analysis.figures import (
     BatchedEditing,
     LengthScore,
     RedundantDimensions,
@@ -16,7 +16,7 @@ from baft_intervention.analysis import (
     WeightsByPosition,
 )
 
-plots = pytest.importorskip("baft_intervention.plots")
+plots = pytest.importorskip("baft_intervention.analysis.plots")
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docs" / "figures"

@@ -4,8 +4,8 @@ import pytest
 import torch
 import transformers
 
-from baft_intervention.embedded import gguf_file
-from baft_intervention.models import load_model
+from baft_intervention.models.embedded import gguf_file
+from baft_intervention.models.loading import load_model
 from benchmarks.test_benchmarks import script
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from baft_intervention.data import load_facts
-from baft_intervention.tokenization import encode_pair
+from baft_intervention.models.tokenization import encode_pair
 
 
 def test_facts_are_complete() -> None:

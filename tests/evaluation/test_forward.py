@@ -10,8 +10,8 @@ from baft_intervention.evaluation.forward import (
     end_token_ids,
     resume_at,
 )
-from baft_intervention.models import find_blocks
-from baft_intervention.tokenization import pad_rows
+from baft_intervention.models.loading import find_blocks
+from baft_intervention.models.tokenization import pad_rows
 from tiny import EOS, tiny_model, tiny_tokenizer
 
 ROWS = [[5, 9, 20, 31, 40], [7, 8], [60, 61, 62]]

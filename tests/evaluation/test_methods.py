@@ -9,12 +9,12 @@ import yaml
 from baft_intervention.errors import ConfigError, EditError
 from baft_intervention.evaluation.edited import EditedModel
 from baft_intervention.evaluation.fit import training_batches
-from baft_intervention.evaluation.judge import judge
 from baft_intervention.evaluation.methods import Method, load_method, make_method, method_names, register_method
 from baft_intervention.evaluation.methods import base as registry
 from baft_intervention.evaluation.methods.weights import down_projection
+from baft_intervention.evaluation.record_metrics import judge
 from baft_intervention.evaluation.scoring import Scorer
-from baft_intervention.models import find_blocks, hidden_size, model_fingerprint
+from baft_intervention.models.loading import find_blocks, hidden_size, model_fingerprint
 from baft_intervention.requests import EditRequest
 from edits import BANK
 from evaluation.helpers import make_requests
@@ -149,7 +149,7 @@ def test_a_failed_edit_leaves_what_was_there(method, tiny_llama, tokenizer, monk
     def nan(*args, **kwargs):
         raise EditError("the loss is nan after 3 steps; lower the learning rate")
 
-    where = "baft_intervention.editor.make_jobs" if method.name.startswith("baft") else None
+    where = "baft_intervention.editor.editor.make_jobs" if method.name.startswith("baft") else None
     monkeypatch.setattr(where or f"{type(edited).__module__}.fit", nan)
     with pytest.raises(EditError, match=r"He works as.*lower the learning rate"):
         edited.apply([bad])
@@ -345,7 +345,7 @@ def test_baft_with_a_gate_that_reads_an_early_block_is_scored_right(tiny_llama, 
 
 
 def _with_bank(model, tokenizer, config, bank_texts=None):
-    from baft_intervention.editor import BaftEditor
+    from baft_intervention.editor.editor import BaftEditor
 
     return BaftEditor(model, tokenizer, config, bank_texts=bank_texts or BANK)
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from baft_intervention.errors import EditError
+from baft_intervention.evaluation.baseline_outputs import BaselineCache
 from baft_intervention.evaluation.edited import EditedModel
-from baft_intervention.evaluation.judge import judge
 from baft_intervention.evaluation.methods import make_method
-from baft_intervention.evaluation.priors import PriorStore
+from baft_intervention.evaluation.record_metrics import judge
 from baft_intervention.evaluation.scoring import Scorer
 from baft_intervention.requests import EditRequest, Probe
 from evaluation.helpers import log_probs_of, make_requests, nudge, slow_query
@@ -143,15 +143,15 @@ def test_logits_that_are_not_finite_are_an_edit_error(tiny_llama, tokenizer):
 
 def test_answers_are_computed_once_and_found_again(tiny_llama, tokenizer, tmp_path):
     requests = make_requests(3)
-    assert Scorer(tiny_llama, tokenizer, cache=PriorStore(tmp_path)).prepare(requests) == 3
-    scorer = Scorer(tiny_llama, tokenizer, cache=PriorStore(tmp_path))
+    assert Scorer(tiny_llama, tokenizer, cache=BaselineCache(tmp_path)).prepare(requests) == 3
+    scorer = Scorer(tiny_llama, tokenizer, cache=BaselineCache(tmp_path))
     assert scorer.prepare(requests) == 0
     fresh = Scorer(tiny_llama, tokenizer)
     fresh.prepare(requests)
     for request in requests:
         kept, made = (
-            scorer.prior(request, blocks=scorer.resume_blocks),
-            fresh.prior(request, blocks=fresh.resume_blocks),
+            scorer.baseline(request, blocks=scorer.resume_blocks),
+            fresh.baseline(request, blocks=fresh.resume_blocks),
         )
         assert kept.predicted == made.predicted
         assert [pytest.approx(row) for row in made.log_probs] == kept.log_probs
@@ -162,7 +162,7 @@ def test_answers_are_computed_once_and_found_again(tiny_llama, tokenizer, tmp_pa
 @pytest.mark.parametrize("change", ["weights", "probe", "settings", "code"])
 def test_a_stale_answer_is_not_found(tiny_llama, tokenizer, tmp_path, monkeypatch, change):
     requests = make_requests(1)
-    store = PriorStore(tmp_path)
+    store = BaselineCache(tmp_path)
     Scorer(tiny_llama, tokenizer, cache=store).prepare(requests)
     more = {}
     if change == "weights":
@@ -180,14 +180,14 @@ def test_a_stale_answer_is_not_found(tiny_llama, tokenizer, tmp_path, monkeypatc
 @pytest.mark.parametrize("damage", [b"", b"{", None])
 def test_a_damaged_answer_is_not_used(tiny_llama, tokenizer, tmp_path, caplog, damage):
     requests = make_requests(1)
-    Scorer(tiny_llama, tokenizer, cache=PriorStore(tmp_path)).prepare(requests)
+    Scorer(tiny_llama, tokenizer, cache=BaselineCache(tmp_path)).prepare(requests)
     [path] = tmp_path.rglob("*.safetensors")
     if damage is None:  # another record's file under this name
         data = path.read_bytes().replace(path.stem.encode(), b"0" * 64)
         path.write_bytes(data)
     else:
         path.write_bytes(damage)
-    scorer = Scorer(tiny_llama, tokenizer, cache=PriorStore(tmp_path))
+    scorer = Scorer(tiny_llama, tokenizer, cache=BaselineCache(tmp_path))
     scorer.prepare(requests)
     [scores] = scorer.score(EditedModel(tiny_llama, tokenizer), requests)
     assert all(s.predicted == s.before for s in scores)
@@ -196,9 +196,9 @@ def test_a_damaged_answer_is_not_used(tiny_llama, tokenizer, tmp_path, caplog, d
 
 def test_memory_keeps_few_block_inputs(tiny_llama, tokenizer):
     requests = make_requests(4)
-    scorer = Scorer(tiny_llama, tokenizer, cache=PriorStore(None, blocks_in_memory=2))
+    scorer = Scorer(tiny_llama, tokenizer, cache=BaselineCache(None, blocks_in_memory=2))
     scorer.prepare(requests)
-    kept = [bool(scorer.prior(r).block_inputs) for r in requests]
+    kept = [bool(scorer.baseline(r).block_inputs) for r in requests]
     assert kept == [False, False, True, True]
     edited = EditedModel(nudge(tiny_llama, 3), tokenizer)
     edited.first_changed_block = 3

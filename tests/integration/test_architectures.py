@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from baft_intervention.tokenization import encode_prompt, pad_rows
+from baft_intervention.models.tokenization import encode_prompt, pad_rows
 from edits import FACTS, FRANCE, LEO, PROMPTS, adapter_bytes, digest, hooks, logits, next_word, tiny_editor
 from tiny import ARCHS, tiny_model, tiny_tokenizer
 

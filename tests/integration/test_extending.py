@@ -20,7 +20,7 @@ SCRIPT = """
 import json, sys
 import extension  # registers
 from baft_intervention import BaftEditor
-from baft_intervention.cli import main
+from baft_intervention.cli.main import main
 
 words = ["--data", "trivia.json", "--model", "model", "--cache", "none", "--fluency-tokens", "0", "--quiet"]
 assert main(["evaluate", *words, "--method", "baft-mine", "--option", "shout=false", "--out", "out"]) == 0
@@ -80,7 +80,8 @@ def test_a_name_that_no_position_rule_may_have(name):
 
 
 def test_a_rule_that_finds_nothing_says_so(monkeypatch):
-    from baft_intervention import ConfigError, PositionError, positions
+    from baft_intervention import ConfigError, PositionError
+    from baft_intervention.core import positions
 
     monkeypatch.setattr(positions, "_REGISTRY", {})
 
@@ -98,8 +99,8 @@ def test_a_rule_that_finds_nothing_says_so(monkeypatch):
 
 def test_a_metric_cannot_take_the_name_of_another(monkeypatch):
     from baft_intervention import ConfigError
-    from baft_intervention.evaluation import judge
-    from baft_intervention.evaluation.plan import RecordPlan
+    from baft_intervention.evaluation import record_metrics as judge
+    from baft_intervention.evaluation.queries import RecordPlan
     from baft_intervention.requests import EditRequest
 
     monkeypatch.setattr(judge, "_REGISTRY", {})

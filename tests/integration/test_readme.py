@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from baft_intervention.cli import build_parser, main
-from baft_intervention.weighting import weighting_names
+from baft_intervention.cli.main import build_parser, main
+from baft_intervention.gates import weighting_names
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -13,18 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from baft_intervention.config import BaftConfig
-from baft_intervention.editor import BaftEditor
+from baft_intervention.editor.editor import BaftEditor
 from baft_intervention.errors import EditError
-from baft_intervention.models import find_blocks
+from baft_intervention.gates import WeightingNetwork, register_weighting
+from baft_intervention.gates.base import _REGISTRY
+from baft_intervention.models.loading import find_blocks
 from baft_intervention.requests import EditRequest
+from baft_intervention.runtime.partial_forward import Replay, Through
 from baft_intervention.training import engine as engine_module
 from baft_intervention.training import fast as fast_module
 from baft_intervention.training.batch import Batch
 from baft_intervention.training.engine import (
     Job,
     ReferenceEngine,
-    Surroundings,
     TrainedEdit,
+    TrainingContext,
     edit_seed,
     encode_request,
     frozen,
@@ -33,9 +36,6 @@ from baft_intervention.training.engine import (
 )
 from baft_intervention.training.fast import FastEngine
 from baft_intervention.training.stacked import StackedMaps
-from baft_intervention.training.suffix import Replay, Through
-from baft_intervention.weighting import WeightingNetwork, register_weighting
-from baft_intervention.weighting.base import _REGISTRY
 from edits import FACTS
 from tiny import ARCHS, tiny_model, tiny_tokenizer
 
@@ -76,9 +76,9 @@ def make_jobs(config: BaftConfig, groups: Sequence[Any], tokenizer: Any = None) 
     return jobs
 
 
-def around(layers: Sequence[int], *, bank: int = 0, earlier: bool = False, used: bool = False) -> Surroundings:
+def context(layers: Sequence[int], *, bank: int = 0, earlier: bool = False, used: bool = False) -> TrainingContext:
     generator = torch.Generator().manual_seed(3)
-    found = Surroundings()
+    found = TrainingContext()
     for layer in layers:
         if bank:
             found.bank = {**found.bank, layer: torch.randn(bank, D, generator=generator)}
@@ -94,14 +94,14 @@ def fast_engine(model: Any, config: BaftConfig, **options: Any) -> FastEngine:
     return FastEngine(model, tiny_tokenizer(), config, config.layers or (), **options)
 
 
-def by_reference(model: Any, config: BaftConfig, groups: Sequence[Any], near: Surroundings | None = None) -> list:
+def by_reference(model: Any, config: BaftConfig, groups: Sequence[Any], near: TrainingContext | None = None) -> list:
     engine = ReferenceEngine(model, tiny_tokenizer(), config, config.layers or ())
-    return list(engine.train_many(make_jobs(config, groups), near or Surroundings()))
+    return list(engine.train_many(make_jobs(config, groups), near or TrainingContext()))
 
 
-def by_fast(model: Any, config: BaftConfig, groups: Sequence[Any], near: Surroundings | None = None, **options: Any):
+def by_fast(model: Any, config: BaftConfig, groups: Sequence[Any], near: TrainingContext | None = None, **options: Any):
     engine = fast_engine(model, config, **options)
-    return list(engine.train_many(make_jobs(config, groups), near or Surroundings())), engine
+    return list(engine.train_many(make_jobs(config, groups), near or TrainingContext())), engine
 
 
 def assert_same(found: Sequence[TrainedEdit], expected: Sequence[TrainedEdit], *, tolerance: float = 1e-3) -> None:
@@ -130,7 +130,7 @@ def with_attention(model: Any, attention: str) -> Any:
 
 
 def trace_reference(
-    monkeypatch: pytest.MonkeyPatch, model: Any, config: BaftConfig, jobs: Sequence[Job], near: Surroundings
+    monkeypatch: pytest.MonkeyPatch, model: Any, config: BaftConfig, jobs: Sequence[Job], near: TrainingContext
 ) -> tuple[list[list[float]], list[list[dict]], list[list[dict]]]:
     """Losses, gradients and parameters of every step, job by job."""
     losses: list[list[float]] = []
@@ -168,7 +168,7 @@ def follow(
     config: BaftConfig,
     expected: Sequence[Job],
     jobs: Sequence[Job],
-    near: Surroundings,
+    near: TrainingContext,
     monkeypatch: pytest.MonkeyPatch,
     *,
     rejoin: bool = False,
@@ -232,13 +232,13 @@ def test_every_step_is_the_references(
     model = with_attention(tiny_model(arch), attention)
     config = configure(layers, positions=positions)
     jobs, others = make_jobs(config, REQUESTS), make_jobs(config, REQUESTS)
-    follow(model, config, jobs, others, Surroundings(), monkeypatch, rejoin=True)
+    follow(model, config, jobs, others, TrainingContext(), monkeypatch, rejoin=True)
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_every_step_with_all_losses_and_earlier_edits(positions: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = configure((1, 3), positions=positions, locality_coefficient=0.5, balance_coefficient=0.3)
-    near = around((1, 3), bank=7, earlier=True, used=True)
+    near = context((1, 3), bank=7, earlier=True, used=True)
     follow(tiny_model(), config, make_jobs(config, REQUESTS), make_jobs(config, REQUESTS), near, monkeypatch)
 
 
@@ -248,9 +248,9 @@ def test_the_tokenizers_padding_does_not_matter(side: str, add_bos: bool) -> Non
     tokenizer = tiny_tokenizer(side, add_bos=add_bos)
     model, config = tiny_model("qwen2"), configure((1,), steps=8)
     engine = FastEngine(model, tokenizer, config, (1,), strict=True)
-    found = list(engine.train_many(make_jobs(config, REQUESTS, tokenizer), Surroundings()))
+    found = list(engine.train_many(make_jobs(config, REQUESTS, tokenizer), TrainingContext()))
     reference = ReferenceEngine(model, tokenizer, config, (1,))
-    assert_same(found, list(reference.train_many(make_jobs(config, REQUESTS, tokenizer), Surroundings())))
+    assert_same(found, list(reference.train_many(make_jobs(config, REQUESTS, tokenizer), TrainingContext())))
 
 
 @pytest.mark.parametrize("weighting", ["constant", "linear", "mlp", "cosine"])
@@ -266,9 +266,9 @@ def test_weightings_decay_and_starts(weighting: str, init: str) -> None:
             job.maps[2].weighting.threshold.fill_(-2.0)
             other.maps[2].weighting.load_state_dict(job.maps[2].weighting.state_dict())
     model = tiny_model()
-    found = list(fast_engine(model, config, strict=True).train_many(jobs, Surroundings()))
+    found = list(fast_engine(model, config, strict=True).train_many(jobs, TrainingContext()))
     reference = ReferenceEngine(model, tiny_tokenizer(), config, (2,))
-    assert_same(found, list(reference.train_many(others, Surroundings())))
+    assert_same(found, list(reference.train_many(others, TrainingContext())))
 
 
 def test_what_is_frozen_stays() -> None:
@@ -278,9 +278,9 @@ def test_what_is_frozen_stays() -> None:
         job.maps[0].basis.requires_grad_(False)
         job.maps[2].source_bias.requires_grad_(False)
     model = tiny_model()
-    found = list(fast_engine(model, config, strict=True).train_many(jobs, Surroundings()))
+    found = list(fast_engine(model, config, strict=True).train_many(jobs, TrainingContext()))
     reference = ReferenceEngine(model, tiny_tokenizer(), config, (0, 2))
-    assert_same(found, list(reference.train_many(others, Surroundings())))
+    assert_same(found, list(reference.train_many(others, TrainingContext())))
     start = make_jobs(config, REQUESTS)
     for result, job in zip(found, start, strict=True):
         assert torch.equal(result.tensors[0]["rotation"], job.maps[0].rotation.detach())
@@ -322,10 +322,10 @@ def test_half_precision_ends_where_the_reference_does(arch: str) -> None:
 def test_a_stack_gives_each_edit_what_it_has_alone(layers: tuple[int, ...], positions: str) -> None:
     model = tiny_model("qwen2")
     config = configure(layers, positions=positions, locality_coefficient=0.2, balance_coefficient=0.1)
-    near = around(layers, bank=9, used=True)
-    together, _ = by_fast(model, config, REQUESTS, near, strict=True)
+    near = context(layers, bank=9, used=True)
+    data_parallel, _ = by_fast(model, config, REQUESTS, near, strict=True)
     alone = [by_fast(model, config, [request], near, strict=True)[0][0] for request in REQUESTS]
-    assert_same(together, alone)
+    assert_same(data_parallel, alone)
 
 
 @pytest.mark.parametrize("positions", ["last", "prompt", "all"])
@@ -393,7 +393,7 @@ def test_results_are_on_the_cpu_and_apart_from_the_stack() -> None:
 def test_the_maps_of_a_job_are_trained_in_place() -> None:
     config = configure((2,), steps=4)
     jobs = make_jobs(config, REQUESTS[:2])
-    found = list(fast_engine(tiny_model(), config).train_many(jobs, Surroundings()))
+    found = list(fast_engine(tiny_model(), config).train_many(jobs, TrainingContext()))
     for job, result in zip(jobs, found, strict=True):
         assert torch.equal(job.maps[2].source_weight.detach(), result.tensors[2]["source_weight"])
 
@@ -486,7 +486,7 @@ def test_no_more_than_a_window_is_in_work_whatever_is_asked_for() -> None:
             return super().__getitem__(item)
 
     jobs = Jobs(make_jobs(config, [REQUESTS[i % 6] for i in range(40)]))
-    results = engine.train_many(jobs, Surroundings())
+    results = engine.train_many(jobs, TrainingContext())
     next(results)
     assert max(asked) < 8  # four stacks of two
     assert len(list(results)) == 39
@@ -505,7 +505,7 @@ def spoiled(config: BaftConfig, which: int) -> list[Job]:
 def test_a_loss_that_is_not_finite_stops_its_own_edit_alone() -> None:
     config, model = configure((2,)), tiny_model()
     expected = by_reference(model, config, REQUESTS)
-    results = fast_engine(model, config, strict=True).train_many(spoiled(config, 3), Surroundings())
+    results = fast_engine(model, config, strict=True).train_many(spoiled(config, 3), TrainingContext())
     assert_same([next(results) for _ in range(3)], expected[:3])
     with pytest.raises(EditError, match="the loss is nan at step 0; nothing was changed"):
         next(results)
@@ -524,7 +524,7 @@ def test_the_others_of_a_failed_edits_stack_are_right(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(Batch, "step", keep)
     with pytest.raises(EditError):
-        list(fast_engine(model, config, strict=True).train_many(spoiled(config, 0), Surroundings()))
+        list(fast_engine(model, config, strict=True).train_many(spoiled(config, 0), TrainingContext()))
     assert isinstance(kept.pop(0), EditError)
     assert_same([kept[i] for i in range(1, 6)], expected[1:])
 
@@ -629,7 +629,7 @@ def test_through_the_model_is_the_reference_too(arch: str, layers: tuple[int, ..
     model, config = tiny_model(arch), configure(layers, loss_target=1.0)
     engine = fast_engine(model, config)
     engine._from = 1
-    found = list(engine.train_many(make_jobs(config, REQUESTS), Surroundings()))
+    found = list(engine.train_many(make_jobs(config, REQUESTS), TrainingContext()))
     assert engine.way == "through"
     assert_same(found, by_reference(model, config, REQUESTS))
 
@@ -762,7 +762,7 @@ def networks() -> Any:
             self.right = nn.Parameter(torch.randn(rank, embed_dim) / embed_dim**0.5)
             self.register_buffer("scale", torch.rand(rank))
 
-        def forward(self, h: Tensor, evidence: Tensor | None = None) -> Tensor:
+        def forward(self, h: Tensor, subject_score: Tensor | None = None) -> Tensor:
             return torch.sigmoid(self.scale * (h @ self.left.mT) * (h @ self.right.mT))
 
     @register_weighting("test-branching")
@@ -771,7 +771,7 @@ def networks() -> Any:
             super().__init__(embed_dim, rank)
             self.bias = nn.Parameter(torch.randn(rank))
 
-        def forward(self, h: Tensor, evidence: Tensor | None = None) -> Tensor:
+        def forward(self, h: Tensor, subject_score: Tensor | None = None) -> Tensor:
             sign = 1.0 if float(h.sum()) > 0 else -1.0  # not for vmap
             return torch.sigmoid(sign * self.bias).expand(*h.shape[:-1], self.rank)
 
@@ -782,7 +782,7 @@ def networks() -> Any:
 
 def test_a_users_network_is_stacked(networks: None) -> None:
     config = configure((1, 2), weighting="test-bilinear", locality_coefficient=0.1)
-    near = around((1, 2), bank=5)
+    near = context((1, 2), bank=5)
     model = tiny_model()
     found, engine = by_fast(model, config, REQUESTS, near, strict=True)
     assert engine.way == "replay"
@@ -802,9 +802,9 @@ def test_jobs_of_different_make_are_stacked_apart() -> None:
     jobs = [make_jobs(one if i % 2 else two, [request])[0] for i, request in enumerate(REQUESTS)]
     others = [make_jobs(one if i % 2 else two, [request])[0] for i, request in enumerate(REQUESTS)]
     model = tiny_model()
-    found = list(fast_engine(model, one, strict=True).train_many(jobs, Surroundings()))
+    found = list(fast_engine(model, one, strict=True).train_many(jobs, TrainingContext()))
     reference = ReferenceEngine(model, tiny_tokenizer(), one, (2,))
-    assert_same(found, list(reference.train_many(others, Surroundings())))
+    assert_same(found, list(reference.train_many(others, TrainingContext())))
 
 
 # ------------------------------------------------------------------------------------------- the optimiser, the real model
@@ -858,4 +858,4 @@ def test_smollm2_step_by_step(
         maps = [make_maps(config, 576, layers, {}, edit_seed(0, [request])) for request in requests]
         return [Job((r,), (row,), m) for r, row, m in zip(requests, rows, maps, strict=True)]
 
-    follow(model, config, jobs(), jobs(), Surroundings(), monkeypatch, rejoin=True, rounding=1e-5)
+    follow(model, config, jobs(), jobs(), TrainingContext(), monkeypatch, rejoin=True, rounding=1e-5)

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from baft_intervention.editor import BaftEditor
+from baft_intervention.editor.editor import BaftEditor
 from baft_intervention.errors import EditError
+from baft_intervention.models.tokenization import encode_pair
 from baft_intervention.requests import EditRequest
-from baft_intervention.tokenization import encode_pair
 from baft_intervention.training.joint import JointEngine
 from edits import FACTS, LEO, adapter_bytes, tiny_editor
 from tiny import tiny_model, tiny_tokenizer
@@ -109,7 +109,7 @@ def test_a_depth_first_request_takes_its_augmentations_along() -> None:
     editor, seen = editor_of(**JOINT, order="depth", steps=1, augmentations=2), []
     train = JointEngine.train
 
-    def watch(self: JointEngine, job: Any, around: Any) -> Any:
+    def watch(self: JointEngine, job: Any, context: Any) -> Any:
         inner = self.engine.train
 
         def note(own: Any, near: Any) -> Any:
@@ -119,7 +119,7 @@ def test_a_depth_first_request_takes_its_augmentations_along() -> None:
             return inner(own, near)
 
         self.engine.train = note
-        return train(self, job, around)
+        return train(self, job, context)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JointEngine, "train", watch)

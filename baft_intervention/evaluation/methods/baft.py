@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...config import BaftConfig
-from ...editor import BaftEditor
+from ...editor.editor import BaftEditor
 from ...errors import ConfigError
 from ...requests import EditRequest
 from ..edited import EditCost, EditedModel

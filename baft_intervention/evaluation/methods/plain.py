@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import ConfigError
-from ...models import find_blocks
+from ...models.loading import find_blocks
+from ...models.tokenization import encode_prompt, joint_text
 from ...requests import EditRequest
-from ...tokenization import encode_prompt, joint_text
 from ..edited import EditCost, EditedModel
 from .base import Method, register_method
 

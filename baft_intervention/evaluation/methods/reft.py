@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from ...errors import ConfigError
-from ...hooks import hook_block
-from ...models import find_blocks, hidden_size
+from ...models.loading import find_blocks, hidden_size
 from ...requests import EditRequest
+from ...runtime.call_state import hook_block
 from ..edited import EditCost, EditedModel
 from ..fit import Fitting, fit, training_batches
 from ..forward import LogitReader

@@ -1,0 +1,227 @@
+"""The trade-off of every linear update, and how far from it an edit is: one inequality, and what it needs measured.
+
+**The inequality.** LoReFT's update ``u(h) = R^T ((A - R) h + b)`` is affine: ``u(h) = M h + v`` with ``M = R^T (A - R)``. Let
+``h0`` be the edited input, ``mu`` and ``C`` mean and covariance of unrelated inputs Q, and ``S = E_P (p - h0)(p - h0)^T`` the
+spread of the paraphrases P about it. For every ``k >= 0``, if ``K = C + k S`` is invertible,
+
+    E_Q |u(x)|^2 + k E_P |u(p) - u(h0)|^2  >=  |u(h0)|^2 / (1 + m_k^2),        m_k^2 = (h0 - mu)^T K^-1 (h0 - mu).
+
+*Proof.* As u is affine, ``u(h0) = e + M a`` with ``e = E_Q u`` and ``a = h0 - mu``; ``E_Q |u|^2 = |e|^2 + tr(M C M^T)``; and
+``E_P |u(p) - u(h0)|^2 = tr(M S M^T)``. So the left side is ``|e|^2 + |M K^(1/2)|_F^2 = |B|_F^2`` for the matrix
+``B = [e, M K^(1/2)]``, while ``u(h0) = B (1, K^(-1/2) a)``, hence ``|u(h0)|^2 <= |B|_F^2 (1 + m_k^2)``.
+
+An update that is large at the edit and steady on its paraphrases therefore cannot be small on unrelated input, unless the
+edit lies far outside of it (a large Mahalanobis distance m). Input-aware weights make u non-affine, and nothing of the proof
+is left. ``docs/theorem.md`` has two more statements, when equality holds, and what this says in practice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.functional import update_bound
+from ..editor.editor import BaftEditor
+from ..errors import ConfigError, EditError
+from ..models.tokenization import encode_prompt
+from ..runtime.adapter import Edit
+from ..runtime.representations import read_blocks
+from .inspection import edit_network
+
+_POINTS = 128  # points of a set that are kept for a picture
+
+
+@dataclass(frozen=True)
+class Readings:
+    """Representations of inputs, unedited model.
+
+    Args:
+        x: ``(n, d)`` at the edited block.
+        early: for each text its tokens at the block where the subject is read, ``(T, d)``; empty where none is read.
+        columns: for each text the tokens that ``x`` holds.
+    """
+
+    x: Tensor
+    early: tuple[Tensor, ...]
+    columns: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Tension:
+    """One edit's update on its paraphrases and on unrelated input, in units of its size at the edit itself.
+
+    Args:
+        id: of the edit.
+        size: ``|u(h0)|``, in units of the residual stream.
+        slope: ``|A - R|_2 / |u(h0)|``: without weights, ``u`` cannot change by more than this a unit of distance.
+        paraphrases, unrelated: ``[(|x - h0|, |u(x)| / |u(h0)|)]``; of many unrelated inputs 128, evenly taken.
+        drift: root mean square of ``|u(p) - u(h0)| / |u(h0)|`` over the paraphrases.
+        leak: root mean square of ``|u(x)| / |u(h0)|`` over the unrelated inputs.
+        least_leak: what no affine update of this drift can undercut, see :func:`least_leak`.
+    """
+
+    id: str
+    size: float
+    slope: float
+    paraphrases: tuple[tuple[float, float], ...]
+    unrelated: tuple[tuple[float, float], ...]
+    drift: float
+    leak: float
+    least_leak: float
+
+
+def read_texts(editor: BaftEditor, texts: Sequence[str], *, prefixes: bool = False) -> Readings:
+    """What the edits of ``editor`` find in texts, none of them acting. Other editors of the model must be detached.
+
+    Args:
+        texts: prompts.
+        prefixes: every beginning of a text is an input of its own (the model looks back only), the first token left out,
+            whose representation is that of any first token; a text of one token is left out.
+
+    Raises:
+        ConfigError: no text is left.
+    """
+    rows = [encode_prompt(editor.tokenizer, text) for text in texts]
+    if prefixes:
+        rows = [row for row in rows if len(row) > 1]
+    if not rows:
+        raise ConfigError(
+            f"none of the {len(texts)} texts has {2 if prefixes else 1} tokens; give more, or longer ones"
+        )
+    columns = [list(range(1, len(row))) if prefixes else [len(row) - 1] for row in rows]
+    return read_rows(editor, rows, columns)
+
+
+def least_leak(edited: Tensor, unrelated: Tensor, paraphrases: Tensor, drift: float) -> float:
+    """What no affine update can undercut on unrelated input: root mean square of ``|u(x)| / |u(h0)|``.
+
+    ``max_k sqrt(1 / (1 + m_k^2) - k drift^2)``, the module's inequality solved for the leak; every ``k`` gives a valid bound,
+    and the best one on a grid is taken. It needs no update: only where edit, paraphrases and unrelated inputs lie.
+
+    Args:
+        edited: ``h0 (d,)``.
+        unrelated: ``(N, d)``.
+        paraphrases: ``(n, d)``, n may be 0.
+        drift: root mean square of ``|u(p) - u(h0)| / |u(h0)|`` over the paraphrases that is allowed.
+
+    Raises:
+        ConfigError: the unrelated inputs do not span all d dimensions. An affine update could be 0 on all of them then,
+            and the bound would say nothing.
+    """
+    x, h0 = unrelated.double(), edited.double()
+    centred = (x - x.mean(0)) / len(x) ** 0.5
+    factor, info = torch.linalg.cholesky_ex(centred.mT @ centred)
+    if info > 0 or len(x) <= x.shape[1]:
+        raise ConfigError(
+            f"{len(x)} unrelated inputs do not span the {x.shape[1]} dimensions; give more texts, or longer ones"
+        )
+    away = torch.linalg.solve_triangular(factor, (h0 - x.mean(0))[:, None], upper=False)  # C^(-1/2) a
+    spread = torch.linalg.solve_triangular(factor, (paraphrases.double() - h0).mT, upper=False)  # C^(-1/2) (p - h0)
+    # K = C^(1/2) (I + k Z Z^T) C^(1/2)': with singular pairs (s, U) of Z, m_k^2 = |away|^2 less what k takes off in U
+    directions, s, _ = torch.linalg.svd(spread / max(len(paraphrases), 1) ** 0.5, full_matrices=False)
+    inside = (directions.mT @ away)[:, 0].square()  # (n,)
+    outside = away.square().sum() - inside.sum()
+    k = torch.cat([torch.zeros(1), torch.logspace(-6, 6, 241)]).double()[:, None]  # (G, 1)
+    distance = outside.clamp(min=0) + (inside / (1 + k * s.square())).sum(1)  # (G,)
+    bound = 1 / (1 + distance) - k[:, 0] * drift**2
+    return float(bound.max().clamp(min=0).sqrt())
+
+
+@torch.no_grad()
+def tension(editor: BaftEditor, edit_id: str, paraphrases: Sequence[str], unrelated: Readings) -> Tension:
+    """How large one edit's update is at its prompt, on its paraphrases, and on unrelated input.
+
+    Args:
+        editor: on one layer, editing the last token.
+        edit_id: of an edit with one request.
+        paraphrases: prompts that ask the same in other words, at least one.
+        unrelated: of :func:`read_texts` with this editor.
+
+    Raises:
+        EditError: no such edit, or it changes nothing at its own prompt.
+        ConfigError: settings for which this is not drawn, no paraphrase, or too few unrelated inputs.
+    """
+    layer = the_layer(editor)
+    if editor.config.positions != "last":
+        raise ConfigError(f"positions is {editor.config.positions!r}; the trade-off is measured at 'last'")
+    if not paraphrases:
+        raise ConfigError(f"edit {edit_id!r} comes without a paraphrase; give at least one")
+    edit = next((edit for edit in editor.edits if edit.id == edit_id), None)
+    if edit is None:
+        raise EditError(f"no edit is called {edit_id!r}; there are {', '.join(repr(e.id) for e in editor.edits)}")
+    own, near = read_texts(editor, [edit.requests[0].prompt]), read_texts(editor, paraphrases)
+    at_edit, at_near, elsewhere = (edit_update(editor, edit, read) for read in (own, near, unrelated))
+    size = float(torch.linalg.vector_norm(at_edit))
+    if not size > 0:
+        raise EditError(f"edit {edit_id!r} adds nothing at its own prompt; there is no update to compare with")
+    tensors = edit.tensors[layer]
+    slope, _ = update_bound(tensors["rotation"], tensors["source_weight"], tensors["source_bias"])
+    drift = _rms(at_near - at_edit) / size
+
+    def points(read: Readings, update: Tensor) -> tuple[tuple[float, float], ...]:
+        some = torch.arange(0, len(read.x), max(1, -(-len(read.x) // _POINTS)))
+        distance = torch.linalg.vector_norm(read.x[some] - own.x, dim=-1)
+        relative = torch.linalg.vector_norm(update[some], dim=-1) / size
+        return tuple(zip(distance.tolist(), relative.tolist(), strict=True))
+
+    return Tension(
+        edit_id,
+        size,
+        float(slope) / size,
+        points(near, at_near),
+        points(unrelated, elsewhere),
+        drift,
+        _rms(elsewhere) / size,
+        least_leak(own.x[0], unrelated.x, near.x, drift),
+    )
+
+
+def edit_coordinates(editor: BaftEditor, edit: Edit, read: Readings) -> Tensor:
+    """``w_k(h) (a_k^T h + b_k - r_k^T h)``, an edit's update along its bases as if no other edit were there: ``(n, r)``."""
+    layer = the_layer(editor)
+    tensors, network = edit.tensors[layer], edit_network(editor.adapter, layer, edit)
+    if network.reads_subject:
+        # what the text up to each token has shown
+        shown = [network.of_prompt(x[: c + 1]) for x, at in zip(read.early, read.columns, strict=True) for c in at]
+        subject_score = torch.stack(shown)
+        weights = network(read.x, subject_score)  # (n, r)
+    else:
+        weights = network(read.x)
+    return weights * (read.x @ (tensors["source_weight"] - tensors["rotation"]).mT + tensors["source_bias"])
+
+
+def edit_update(editor: BaftEditor, edit: Edit, read: Readings) -> Tensor:
+    """``u(x) = Phi(x) - x`` of one edit, as if no other were there: ``(n, d)``."""
+    return edit_coordinates(editor, edit, read) @ edit.tensors[the_layer(editor)]["rotation"]
+
+
+def the_layer(editor: BaftEditor) -> int:
+    """The edited block.
+
+    Raises:
+        ConfigError: there are several.
+    """
+    if len(editor.adapter.layers) != 1:
+        raise ConfigError(f"the edits sit on layers {list(editor.adapter.layers)}; this is measured on one layer")
+    return editor.adapter.layers[0]
+
+
+def read_rows(editor: BaftEditor, rows: Sequence[Sequence[int]], columns: Sequence[Sequence[int]]) -> Readings:
+    """As :func:`read_texts`, of rows of ids at chosen columns."""
+    adapter, layer = editor.adapter, the_layer(editor)
+    wanted = [layer] if adapter.read_layer is None else sorted({layer, adapter.read_layer})
+    every = columns if adapter.read_layer is None else [range(max(at) + 1) for at in columns]
+    with editor.enabled(False):
+        found = read_blocks(editor.model, editor.tokenizer, rows, every, wanted)
+    if adapter.read_layer is None:
+        return Readings(torch.cat(found[layer]), (), tuple(map(tuple, columns)))
+    x = torch.cat([each[list(at)] for each, at in zip(found[layer], columns, strict=True)])
+    return Readings(x, tuple(found[adapter.read_layer]), tuple(map(tuple, columns)))
+
+
+def _rms(x: Tensor) -> float:
+    """Root mean square of the rows' lengths: ``(n, d)``."""
+    return float(x.square().sum(-1).mean().sqrt())

@@ -1,0 +1,179 @@
+"""From scores and generated texts of one record to its metrics, each family under its own names.
+
+Names of a record's metrics (a group's name is put behind a slash, e.g. ``portability/Reasoning``):
+
+====================================  =================================================================================
+``reliability`` ``generality``        token accuracy on the edit's prompt, and on rephrases (mean over probes)
+``portability``                       the same on consequences; by group as ``portability/<group>``
+``locality`` ``unrelated``            share of argmax tokens that did not move, along the data set's answer
+``<name>_easyedit``                   any of these with white-space lead tokens counted, as EasyEdit counts
+``<name>_exact``                      all tokens right (reliability, generality, portability)
+``locality_kl`` ``unrelated_kl``      KL(unedited || edited) in nats, mean over positions
+``efficacy`` ``paraphrase`` ``neighbourhood``  ROME's probability success, and ``_magnitude``
+``perplexity``                        of the target after the edit's prompt
+``convsent``                          SERAC's score on the reworded question
+``generation_em`` ``_f1``             greedy text cut at end of sequence, on the edit's prompt
+``generation_em_sentence``            the same cut at the first line or sentence end as well
+``generation_prefix``                 the text begins with the answer
+``rephrase_generation_*``             the same on rephrases
+``multi_hop``                         MQuAKE's accuracy of the case, by generated text that begins with the answer
+``fluency``                           n-gram entropy (bits) of a sampled continuation of the edit's prompt
+====================================  =================================================================================
+
+A metric of your own is one function and one line::
+
+    @register_metric("answer_length")
+    def answer_length(plan, scores, texts):
+        text = texts.get(plan.request.prompt)
+        return None if text is None else float(len(text.split()))
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..errors import ConfigError
+from ..registry import registrar
+from . import metrics as m
+from .queries import Question, RecordPlan
+from .scoring import QueryScore
+
+ACCURACY = {"edit": "reliability", "rephrase": "generality", "portability": "portability"}
+STILL = {"locality": "locality", "unrelated": "unrelated"}
+SUCCESS = {"edit": "efficacy", "rephrase": "paraphrase", "locality": "neighbourhood"}
+_SENTENCE = re.compile(r"\n|[.!?](\s|$)")
+
+RecordMetric = Callable[[RecordPlan, Sequence[QueryScore], Mapping[str, str]], float | None]
+_REGISTRY: dict[str, RecordMetric] = {}
+
+
+def register_metric(name: str) -> Callable[[RecordMetric], RecordMetric]:
+    """Decorator: add a metric of a record to every evaluation, under ``name`` in its records and summary.
+
+    The function gets the record's plan, the scores of the plan's queries in order (argmax ids and log-probabilities of the
+    edited and the unedited model), and the generated texts by prompt (empty where nothing is generated). It gives a number,
+    or None where the record has no value; a summary holds the mean over the records that have one.
+
+    Raises:
+        ConfigError: the name is taken by another function.
+    """
+    return registrar(_REGISTRY, name, "metric")
+
+
+def judge(
+    plan: RecordPlan, scores: Sequence[QueryScore], texts: Mapping[str, str] | None = None, sample: str | None = None
+) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
+    """A record's metrics, and the same probe by probe.
+
+    Args:
+        plan: what was asked.
+        scores: of the plan's queries, in order.
+        texts: generated texts by prompt; prompts that are not in it have no generation metrics.
+        sample: the text whose fluency is measured.
+
+    Returns:
+        ``(metrics, probes)``; a probe's dict holds ``kind``, ``group`` and the values that it has.
+    """
+    values: dict[str, list[float | None]] = defaultdict(list)
+    probes = []
+    for question in plan.questions:
+        found = judge_question(question, [scores[i] for i in question.wanted], [scores[i] for i in question.against])
+        if texts is not None and question.prompt in texts:
+            found |= judge_text(texts[question.prompt], question)
+        probes.append({"kind": question.kind, "group": question.group} | found)
+        for name, value in found.items():
+            _collect(values, question, name, value)
+    hops = [p.get("generation_prefix") for p in probes if p["group"] == "multi_hop"]
+    table = {name: m.mean(column) for name, column in values.items()}
+    if any(h is not None for h in hops):
+        table["multi_hop"] = m.multi_hop_accuracy(hops)
+    if sample is not None:
+        table["fluency"] = m.ngram_entropy(sample)
+    for name, metric in _REGISTRY.items():
+        if name in table:
+            raise ConfigError(f"the metric {name!r} has the name of one of the library's own; choose another name")
+        table[name] = metric(plan, scores, texts or {})
+    return dict(sorted(table.items())), probes
+
+
+def _collect(values: dict[str, list[float | None]], question: Question, name: str, value: float | None) -> None:
+    if name.startswith("generation"):
+        if question.kind == "edit":
+            values[name].append(value)
+        elif question.kind == "rephrase":
+            values["rephrase_" + name].append(value)
+        return
+    if question.kind == "edit" and name not in ("accuracy", "accuracy_easyedit", "exact"):
+        values[name].append(value)
+        return
+    base = ACCURACY.get(question.kind) or STILL[question.kind]
+    for short, long in (
+        ("accuracy", base),
+        ("accuracy_easyedit", base + "_easyedit"),
+        ("exact", base + "_exact"),
+        ("kl", base + "_kl"),
+    ):
+        if name == short:
+            values[long].append(value)
+            if (
+                question.kind in ("portability", "locality", "unrelated")
+                and question.group
+                and name in ("accuracy", "kl")
+            ):
+                values[f"{long}/{question.group}"].append(value)
+            return
+    if question.kind in SUCCESS or name == "convsent":
+        values[name].append(value)
+
+
+def judge_question(
+    question: Question, wanted: Sequence[QueryScore], against: Sequence[QueryScore]
+) -> dict[str, float | None]:
+    """Teacher-forced values of one question; the keys are ``accuracy``, ``kl``, ``efficacy``, ... as they apply."""
+    found: dict[str, float | None] = {}
+    if not wanted:
+        return found
+    if question.kind in STILL:
+        found["accuracy"] = m.mean(m.token_match(s.before, s.predicted, s.query.lead) for s in wanted)
+        found["accuracy_easyedit"] = m.mean(m.token_match(s.before, s.predicted) for s in wanted)
+        found["kl"] = m.mean(m.mean(s.divergence) for s in wanted)
+    else:
+        first = wanted[0]
+        target = first.query.target_ids
+        found["accuracy"] = m.token_accuracy(first.predicted, target, first.query.lead)
+        found["accuracy_easyedit"] = m.token_accuracy_easyedit(first.predicted, target)
+        found["exact"] = m.all_tokens_right(first.predicted, target, first.query.lead)
+        if question.kind == "edit":
+            found["perplexity"] = m.perplexity(first.log_probs)
+    if against and question.group == "sentiment":
+        found["convsent"] = m.convsent_score(
+            [x for s in wanted for x in s.log_probs],
+            [x for s in against for x in s.log_probs],
+            [x for s in wanted for x in s.log_probs_before],
+        )
+    elif against and question.kind in SUCCESS and wanted[0].log_probs:
+        name = SUCCESS[question.kind]
+        likely = math.fsum(wanted[0].log_probs) / len(wanted[0].log_probs)
+        others = [math.fsum(s.log_probs) / len(s.log_probs) for s in against if s.log_probs]
+        found[name] = m.probability_success(likely, others)
+        found[f"{name}_magnitude"] = m.probability_magnitude(likely, others)
+    return found
+
+
+def judge_text(text: str, question: Question) -> dict[str, float | None]:
+    """Free-generation values of one question."""
+    return {
+        "generation_em": m.exact_match(text, question.answers),
+        "generation_em_sentence": m.exact_match(first_sentence(text), question.answers),
+        "generation_f1": m.answer_f1(text, question.answers),
+        "generation_prefix": m.begins_with_answer(text, question.answers),
+    }
+
+
+def first_sentence(text: str) -> str:
+    """The text up to its first line or sentence end (leading white space aside)."""
+    return _SENTENCE.split(text.strip(), maxsplit=1)[0]

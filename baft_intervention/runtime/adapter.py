@@ -1,0 +1,473 @@
+"""Trained edits on a model: attached by hooks, saved as safetensors and JSON.
+
+An adapter directory holds ``adapter.safetensors`` (the edits' tensors, stacked over edits, and what they share) and
+``adapter.json`` (schema, base model, settings, the list of edits, and the digest of the tensor file). It is written
+beside its place, synced, and renamed. Loading never unpickles and never runs code: every name, shape and dtype is
+checked against the settings before anything is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import BaftConfig
+from ..core.positions import IdSequences, PositionRule, subject_variants
+from ..errors import AdapterError, BaftError
+from ..gates import WeightingNetwork, make_weighting, weighting_class
+from ..models.loading import find_blocks, hidden_size
+from ..requests import EditRequest
+from ..training.allotment import Allotment
+from .call_state import CallTracker, hook_block
+from .edit_stack import EditStack, is_shared
+
+logger = logging.getLogger(__name__)
+_PROMPT = PositionRule("prompt")
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One committed edit.
+
+    Args:
+        id: name in the adapter; the request's own, or the first request's of a joint group.
+        requests: what was asked, without probes.
+        tensors: ``layer -> {name: tensor}``, fp32 on the CPU.
+        used: ``layer -> (r,)`` use of the bases.
+        loss: mean cross entropy over target tokens at the end (nats).
+        steps, seconds: of training; a loaded edit has taken 0 seconds.
+        reached: whether every target token is the edited model's argmax after its prompt.
+    """
+
+    id: str
+    requests: tuple[EditRequest, ...]
+    tensors: Mapping[int, Mapping[str, Tensor]] = field(repr=False)
+    used: Mapping[int, Tensor] = field(repr=False)
+    loss: float
+    steps: int
+    seconds: float
+    reached: bool
+
+    def summary(self) -> dict[str, Any]:
+        """What ``adapter.json`` says about the edit: no times, so that the same edits give the same bytes."""
+        requests = [dataclasses.replace(r, probes=()).to_dict() for r in self.requests]
+        return {
+            "id": self.id, "requests": requests, "loss": self.loss, "steps": self.steps, "reached": self.reached,
+        }  # fmt: skip
+
+
+class BaftAdapter:
+    """The edits of one model, attached to it or not.
+
+    Args:
+        model: the base model; only hooks are added to it, its weights stay as they are.
+        tokenizer: finds subjects in ids, for the subject positions.
+        config: settings that all edits share.
+
+    Attributes:
+        layers: edited blocks, 0-based, ascending.
+        edits: the committed edits in order.
+        shared: ``layer -> {name: tensor}``, the weighting's shared state.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, config: BaftConfig):
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.blocks = find_blocks(model)
+        self.layers = config.resolved_layers(len(self.blocks))
+        network = make_weighting(config.weighting, 2, 1, **config.weighting_options)
+        # the block at which the network looks for the subject; None for a network that does not
+        self.read_layer = network.read_layer(self.layers, len(self.blocks)) if network.reads_subject else None
+        self.embed_dim = hidden_size(model)
+        if config.rank > self.embed_dim:
+            raise AdapterError(
+                f"rank is {config.rank}, but the model's hidden size is {self.embed_dim}; lower the rank"
+            )
+        self._edits: dict[str, Edit] = {}
+        self._of_prompt: dict[str, list[str]] = {}  # prompt -> ids of the edits that ask it
+        self.shared: dict[int, dict[str, Tensor]] = {layer: {} for layer in self.layers}
+        self._tracker = CallTracker(model)
+        self._handles: list[Any] = []
+        self._enabled = True
+        self._stacks: dict[tuple[int, torch.device], EditStack] = {}
+        self._used: dict[int, Tensor] | None = None  # the sums of used(), once they are asked for
+        self._allotments: dict[int, Allotment] = {}  # layer -> loads of its directions, once they are asked for
+        self._subjects: IdSequences | None = None  # the edits' subjects, once they are looked for
+
+    # ------------------------------------------------------------------------------------------ edits
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        return tuple(self._edits.values())
+
+    def __len__(self) -> int:
+        return len(self._edits)
+
+    def find(self, edit_id: str) -> Edit | None:
+        """The edit of this id, or None."""
+        return self._edits.get(edit_id)
+
+    def asking(self, prompts: Iterable[str]) -> list[Edit]:
+        """Edits that ask any of the prompts, in the prompts' order."""
+        ids = dict.fromkeys(name for prompt in prompts for name in self._of_prompt.get(prompt, ()))
+        return [self._edits[name] for name in ids]
+
+    def add(self, edit: Edit) -> None:
+        """Put an edit behind the others, in a time that does not depend on how many there are.
+
+        Raises:
+            AdapterError: another edit has its id.
+        """
+        self.extend([edit])
+
+    def remove(self, edit_id: str) -> Edit:
+        """Take an edit out; what is left is what would be there had it never been.
+
+        Raises:
+            AdapterError: no edit has this id.
+        """
+        if edit_id not in self._edits:
+            raise AdapterError(f"there is no edit {edit_id!r} in the adapter")
+        if self._stacks:
+            index = next(i for i, name in enumerate(self._edits) if name == edit_id)
+            for stack in self._stacks.values():
+                stack.remove(index)
+        edit = self._edits.pop(edit_id)
+        for request in edit.requests:
+            asking = [name for name in self._of_prompt[request.prompt] if name != edit_id]
+            if asking:
+                self._of_prompt[request.prompt] = asking
+            else:
+                del self._of_prompt[request.prompt]
+        self._used = None
+        if self._subjects is not None:
+            for sequence in self._names(edit):
+                self._subjects.remove(sequence)
+        for layer, allotment in self._allotments.items():
+            allotment.remove(edit.tensors[layer]["rotation"])
+        return edit
+
+    def set_edits(self, edits: Sequence[Edit]) -> None:
+        """Replace the list of edits, at once or not at all.
+
+        Raises:
+            AdapterError: two edits have one id.
+        """
+        before = self._edits, self._of_prompt, self._stacks, self._used, self._allotments, self._subjects
+        self._edits, self._of_prompt, self._stacks, self._allotments = {}, {}, {}, {}
+        self._used = self._subjects = None
+        try:
+            self.extend(edits)
+        except BaseException:
+            self._edits, self._of_prompt, self._stacks, self._used, self._allotments, self._subjects = before
+            raise
+
+    def extend(self, edits: Sequence[Edit]) -> None:
+        """Put several edits behind the others, all or none; errors as :meth:`add`."""
+        new: set[str] = set()
+        for edit in edits:
+            if edit.id in self._edits or edit.id in new:
+                raise AdapterError(f"two edits are called {edit.id!r}; undo the first, or give the second another id")
+            new.add(edit.id)
+        for (layer, _), stack in self._stacks.items():
+            stack.extend([edit.tensors[layer] for edit in edits])
+        for edit in edits:
+            self._edits[edit.id] = edit
+            for request in edit.requests:
+                self._of_prompt.setdefault(request.prompt, []).append(edit.id)
+            if self._used is not None:
+                self._used = {layer: used + edit.used[layer] for layer, used in self._used.items()}
+            for layer, allotment in self._allotments.items():
+                allotment.add(edit.tensors[layer]["rotation"])
+            if self._subjects is not None:
+                for sequence in self._names(edit):
+                    self._subjects.add(sequence)
+
+    def subjects(self) -> IdSequences | None:
+        """The edits' subjects as token ids, where the position rule asks for subjects; collected at the first call."""
+        if self._subjects is None and self.config.rule.needs_subject:
+            self._subjects = IdSequences(ids for edit in self._edits.values() for ids in self._names(edit))
+        return self._subjects
+
+    def _names(self, edit: Edit) -> list[list[int]]:
+        return subject_variants(self.tokenizer, [r.subject for r in edit.requests if r.subject])
+
+    @property
+    def routed(self) -> bool:
+        """Whether the edits compete, one acting at each position, or add up."""
+        return weighting_class(self.config.weighting).routed
+
+    def network(self, layer: int) -> WeightingNetwork:
+        """The weighting network's structure with the layer's shared state."""
+        network = make_weighting(
+            self.config.weighting, self.embed_dim, self.config.rank, **self.config.weighting_options
+        )
+        if self.shared[layer]:
+            network.load_state_dict({**network.state_dict(), **self.shared[layer]})
+        return network.requires_grad_(False)
+
+    def used(self) -> dict[int, Tensor]:
+        """``layer -> (r,)`` use of the bases by all edits."""
+        if self._used is None:
+            zero = torch.zeros(self.config.rank)
+            self._used = {layer: sum((e.used[layer] for e in self._edits.values()), zero) for layer in self.layers}
+        return self._used
+
+    def allot(self) -> dict[int, Tensor]:
+        """``layer -> (n, d)``, the directions for the bases of a new edit.
+
+        They are taken when it comes in. The loads are counted at the first call and kept up to date from then on.
+        """
+        for layer in self.layers if not self._allotments else ():
+            bases = [edit.tensors[layer]["rotation"] for edit in self._edits.values()]
+            self._allotments[layer] = Allotment(self.embed_dim, bases)
+        return {layer: allotment.next(self.config.rank) for layer, allotment in self._allotments.items()}
+
+    def stack(self, layer: int, device: torch.device) -> EditStack:
+        """The layer's edits on a device; built at first use, and kept up to date from then on."""
+        key = (layer, device)
+        if key not in self._stacks:
+            edits = [edit.tensors[layer] for edit in self._edits.values()]
+            self._stacks[key] = EditStack(self.network(layer).to(device), edits)
+        return self._stacks[key]
+
+    def num_stored(self) -> int:
+        """Numbers kept for the edits, trained or not (what they share is not counted)."""
+        first = next(iter(self._edits.values()), None)  # all edits of an adapter have the same shapes
+        return (
+            0 if first is None else len(self) * sum(t.numel() for own in first.tensors.values() for t in own.values())
+        )
+
+    def stored_bytes(self) -> int:
+        """Bytes of :meth:`state`: the edits' tensors, their use of the bases, and what they share; all fp32."""
+        shared = sum(t.numel() for own in self.shared.values() for t in own.values())
+        return 4 * (self.num_stored() + len(self) * len(self.layers) * self.config.rank + shared)
+
+    def trained_parameters(self) -> int:
+        """Numbers that training changes for one edit: the map's and the weighting network's parameters on all layers."""
+        network = self.network(self.layers[0])
+        own = sum(p.numel() for n, p in network.named_parameters() if not is_shared(network, n))
+        return len(self.layers) * (self.config.rank * (2 * self.embed_dim + 1) + own)
+
+    # ------------------------------------------------------------------------------------------ on the model
+
+    @property
+    def attached(self) -> bool:
+        return bool(self._handles)
+
+    def attach(self) -> None:
+        """Put the hooks on the model; does nothing where they are."""
+        if self._handles:
+            return
+        self._tracker.attach()
+        self._handles = []
+        if self.read_layer is not None:  # first, so that a block that is read and edited is read unedited
+            self._handles.append(hook_block(self.blocks[self.read_layer], self._read))
+        for layer in self.layers:
+            self._handles.append(hook_block(self.blocks[layer], lambda h, layer=layer: self._change(layer, h)))
+
+    def detach(self) -> None:
+        """Take this adapter's hooks off, and no other's; the model is as before."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._tracker.detach()
+
+    @contextlib.contextmanager
+    def enabled(self, value: bool = True) -> Iterator[None]:
+        """Inside, the edits act (True) or do not (False)."""
+        before, self._enabled = self._enabled, value
+        try:
+            yield
+        finally:
+            self._enabled = before
+
+    def prompts(self, lengths: Sequence[int]) -> contextlib.AbstractContextManager[None]:
+        """Inside, row i of a batch begins with a prompt of ``lengths[i]`` tokens; what follows is its answer.
+
+        Needed where prompt and answer are fed together (teacher forcing) or without a cache: the edit sits on the
+        prompt. Rows that beams or return sequences repeat are understood. Without it a call that finds no cached
+        tokens is taken to be all prompt.
+        """
+        return self._tracker.prompts(lengths)
+
+    def _read(self, hidden: Tensor) -> None:
+        """Keep, for each edit and row, how surely the prompt names the edit's subject: its best token's subject score."""
+        if not self._enabled or not self._edits:
+            return
+        call = self._tracker.current()
+        found = call.positions(_PROMPT, None, hidden.shape[0], hidden.shape[1])
+        if found is None:
+            return
+        row, column = (index.to(hidden.device) for index in found)
+        x = hidden[row, column].float()  # (P, d)
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            for layer in self.layers:
+                stack = self.stack(layer, hidden.device)
+                call.subject_score[layer] = stack.subject_scores(x, row, column, hidden.shape[0])
+
+    def _change(self, layer: int, hidden: Tensor) -> Tensor | None:
+        if not self._enabled or not self._edits:
+            return None
+        call, rows = self._tracker.current(), (hidden.shape[0], hidden.shape[1])
+        found = call.positions(self.config.rule, self.subjects(), *rows)
+        if found is None:
+            return None
+        row, column = (index.to(hidden.device) for index in found)
+        x = hidden[row, column].float()  # (P, d)
+        subject_score = call.subject_score.get(layer)
+        if subject_score is not None:
+            subject_score = subject_score.to(hidden.device)[:, row]  # (E, P)
+        with torch.autocast(hidden.device.type, enabled=False):
+            changed = x + self.stack(layer, hidden.device).update(x, subject_score)
+        return hidden.index_put((row, column), changed.to(hidden.dtype))
+
+    # ------------------------------------------------------------------------------------------ tensors on disk
+
+    def state(self) -> dict[str, Tensor]:
+        """All tensors under their names on disk: ``layers.<n>.edits.<name> (E, ...)``, ``layers.<n>.shared.<name>``."""
+        state = edits_state(self.edits)
+        for layer in self.layers:
+            for name, tensor in self.shared[layer].items():
+                state[f"layers.{layer}.shared.{name}"] = tensor
+        return {name: tensor.contiguous().cpu() for name, tensor in state.items()}
+
+    def load_state(self, state: Mapping[str, Tensor], edits: Sequence[Mapping[str, Any]], where: str = "") -> None:
+        """Take edits from :meth:`state`'s tensors and their summaries, after every check; nothing is kept on an error.
+
+        Raises:
+            AdapterError: a tensor that is missing, unknown, of another shape or dtype, or not finite.
+        """
+        shared, loaded = self.read_state(state, edits, where)
+        before = self.shared
+        try:
+            self.shared = shared
+            for layer in self.layers:
+                self._try_network(layer)
+            self.set_edits(loaded)
+        except (RuntimeError, TypeError, IndexError, BaftError) as error:
+            self.shared = before
+            raise AdapterError(f"{where}{error}") from None
+
+    def _why_other(self, name: str) -> str:
+        """What is probably the matter with an adapter that has other tensors than ours."""
+        if ".shared." not in name and ".weighting." not in name:
+            return "the adapter is damaged or of other settings"
+        return (
+            f"the adapter has another form of the gate {self.config.weighting!r} than this version; "
+            f"{_MEND.format(made='the version that made it')}"
+        )
+
+    def _try_network(self, layer: int) -> None:
+        """Let the layer's network read something, so that shared tensors that do not fit together fail now, not in use."""
+        network, h = self.network(layer), torch.zeros(1, self.embed_dim)
+        with torch.no_grad():
+            network(h)
+            if network.routed:
+                network.match(h)
+            if network.reads_subject:
+                network.subject_score(h)
+
+    def read_state(
+        self, state: Mapping[str, Tensor], edits: Sequence[Mapping[str, Any]], where: str = ""
+    ) -> tuple[dict[int, dict[str, Tensor]], list[Edit]]:
+        """``(shared, edits)`` of :meth:`state`'s tensors and their summaries; this adapter stays as it is.
+
+        Raises:
+            AdapterError: as :meth:`load_state`.
+        """
+        expected: dict[str, tuple[int | None, ...]] = {}
+        for layer in self.layers:
+            network = make_weighting(
+                self.config.weighting, self.embed_dim, self.config.rank, **self.config.weighting_options
+            )
+            for name, tensor in network.state_dict().items():
+                if is_shared(network, name):
+                    # a dimension of 0 is data (directions of a whitening, relations of a dictionary)
+                    expected[f"layers.{layer}.shared.{name}"] = tuple(n or None for n in tensor.shape)
+                elif edits:
+                    expected[f"layers.{layer}.edits.weighting.{name}"] = (len(edits), *tensor.shape)
+            if edits:
+                r, d, e = self.config.rank, self.embed_dim, len(edits)
+                shapes = {"rotation": (e, r, d), "source_weight": (e, r, d), "source_bias": (e, r), "used": (e, r)}
+                expected.update({f"layers.{layer}.edits.{n}": s for n, s in shapes.items()})
+        optional = {n for n in expected if ".shared." in n} if not edits else set()
+        for name in sorted(set(expected) - set(state) - optional):
+            raise AdapterError(f"{where}tensor {name!r} is missing; {self._why_other(name)}")
+        for name, tensor in state.items():
+            if name not in expected:
+                raise AdapterError(f"{where}unknown tensor {name!r}; {self._why_other(name)}")
+            shape = expected[name]
+            if tensor.dtype != torch.float32:
+                raise AdapterError(f"{where}tensor {name!r} is {tensor.dtype}; it must be float32")
+            if tensor.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, tensor.shape, strict=True)):
+                raise AdapterError(f"{where}tensor {name!r} has shape {tuple(tensor.shape)}; it must be {shape}")
+            if not torch.isfinite(tensor).all():
+                raise AdapterError(f"{where}tensor {name!r} has values that are not finite")
+        shared: dict[int, dict[str, Tensor]] = {layer: {} for layer in self.layers}
+        own: list[dict[int, dict[str, Tensor]]] = [{layer: {} for layer in self.layers} for _ in edits]
+        used: list[dict[int, Tensor]] = [{} for _ in edits]
+        for name, tensor in state.items():
+            _, number, kind, rest = name.split(".", 3)
+            if kind == "shared":
+                shared[int(number)][rest] = tensor
+                continue
+            for i, row in enumerate(tensor.unbind(0)):
+                if rest == "used":
+                    used[i][int(number)] = row
+                else:
+                    own[i][int(number)][rest] = row
+        return shared, [_edit_from(summary, own[i], used[i], f"{where}edits[{i}]: ") for i, summary in enumerate(edits)]
+
+
+def check_layout(description: Mapping[str, Any], weighting: str, where: str) -> None:
+    """Whether the gate's tensors have the form that this version reads; an adapter of before the field was is let through.
+
+    Raises:
+        AdapterError: another form; the message says which, which is needed, and what to do.
+    """
+    found, needed = description.get("weighting_layout"), weighting_class(weighting).layout
+    if found is not None and found != needed:
+        raise AdapterError(
+            f"{where}the adapter has layout {found!r} of the gate {weighting!r}, and this version reads layout {needed}; "
+            f"{_MEND.format(made=made_by(description))}"
+        )
+
+
+def made_by(description: Mapping[str, Any]) -> str:
+    """The version that wrote an adapter, in words."""
+    versions = description.get("versions")
+    found = versions.get("baft_intervention") if isinstance(versions, Mapping) else None
+    return f"baft_intervention {found}" if found else "the version that made it"
+
+
+_MEND = "load it with {made}, or edit anew: its requests are in adapter.json under edits"
+
+
+def edits_state(edits: Sequence[Edit]) -> dict[str, Tensor]:
+    """The tensors of E edits under their names on disk: ``layers.<n>.edits.<name> (E, ...)``; none without edits."""
+    state = {}
+    for layer in edits[0].tensors if edits else ():
+        for name in edits[0].tensors[layer]:
+            state[f"layers.{layer}.edits.{name}"] = torch.stack([edit.tensors[layer][name] for edit in edits])
+        state[f"layers.{layer}.edits.used"] = torch.stack([edit.used[layer] for edit in edits])
+    return state
+
+
+def _edit_from(summary: Mapping[str, Any], tensors: dict, used: dict, where: str) -> Edit:
+    try:
+        requests = tuple(EditRequest.from_dict(r) for r in summary["requests"])
+        if not requests:
+            raise AdapterError(f"{where}no request")
+        return Edit(
+            str(summary["id"]), requests, tensors, used, float(summary["loss"]), int(summary["steps"]), 0.0,
+            bool(summary["reached"]),
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterError(f"{where}cannot be read: {error!r}") from None

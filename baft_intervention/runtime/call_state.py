@@ -1,0 +1,174 @@
+"""Where in a running batch the edited tokens are: hooks that survive padding, caching and beams.
+
+A forward hook on a decoder block sees hidden states ``(B, T, d)`` and nothing else. What the T columns are (which
+prompt, how much padding, how many tokens are cached already) is known one level up, in the arguments of the model's
+call. :class:`CallTracker` reads them in a pre-hook of the model and keeps them while that call runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.positions import IdSequences, PositionRule
+from ..errors import PositionError
+
+
+class _Call:
+    """One running call of the model: ``past`` cached tokens, then T columns."""
+
+    def __init__(self, ids: Tensor | None, attention_mask: Tensor | None, past: int, lengths: Sequence[int] | None):
+        self.ids, self.attention_mask, self.past, self.lengths = ids, attention_mask, past, lengths
+        self._found: dict[PositionRule, tuple[Tensor, Tensor] | None] = {}
+        self.subject_score: dict[int, Tensor] = {}  # edited layer -> (E, B), read at an earlier layer of this call
+
+    def positions(
+        self, rule: PositionRule, subjects: IdSequences | None, rows: int, width: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """``(row, column)`` indices of the edited tokens, or None where this call has none."""
+        if rule not in self._found:
+            self._found[rule] = self._find(rule, subjects, rows, width)
+        return self._found[rule]
+
+    def _find(
+        self, rule: PositionRule, subjects: IdSequences | None, rows: int, width: int
+    ) -> tuple[Tensor, Tensor] | None:
+        if self.past and rule.kind != "all" and self.lengths is None:
+            return None  # a decoding step: the prompt was edited when it was read
+        if self.past and rule.kind != "all" and self.past >= self._widest(rows):
+            return None
+        starts, filled = self._extent(rows, width)
+        lengths = filled if self.lengths is None else _expand(self.lengths, rows)
+        found_subjects = None
+        if rule.needs_subject and self.ids is not None:
+            found_subjects = (subjects or IdSequences()).mask(self.ids)
+        mask = rule.mask(starts, lengths, self.past + torch.arange(width), found_subjects)
+        if self.lengths is None and rule.kind == "all":
+            mask &= self._unpadded(rows, width)
+        row, column = mask.nonzero(as_tuple=True)
+        return (row, column) if len(row) else None
+
+    def _widest(self, rows: int) -> int:
+        """An upper bound of the absolute position of any prompt's end, without asking the accelerator."""
+        if self.attention_mask is not None:
+            starts, _ = self._extent(rows, self.attention_mask.shape[1])
+            return int((starts + _expand(self.lengths or (), rows)).max())
+        return max(self.lengths or (0,))
+
+    def _extent(self, rows: int, width: int) -> tuple[Tensor, Tensor]:
+        """``(B,)`` absolute start and ``(B,)`` length of the unpadded part of each row."""
+        mask = self.attention_mask
+        if mask is None or mask.shape[0] != rows:
+            return torch.zeros(rows, dtype=torch.long), torch.full((rows,), self.past + width)
+        kept = mask.detach().cpu() != 0  # (B, past + T)
+        position = torch.arange(kept.shape[1]).expand_as(kept)
+        starts = torch.where(kept, position, kept.shape[1]).min(1).values
+        ends = torch.where(kept, position, -1).max(1).values + 1
+        return starts, (ends - starts).clamp(min=0)
+
+    def _unpadded(self, rows: int, width: int) -> Tensor:
+        mask = self.attention_mask
+        if mask is None or mask.shape[0] != rows:
+            return torch.ones(rows, width, dtype=torch.bool)
+        return mask.detach().cpu()[:, -width:] != 0
+
+
+def _expand(lengths: Sequence[int], rows: int) -> Tensor:
+    """Beams and several return sequences repeat each prompt's row: repeat its length with it."""
+    if not lengths or rows % len(lengths):
+        raise PositionError(f"prompts() was given {len(lengths)} lengths, but the model was called with {rows} rows")
+    return torch.tensor(list(lengths)).repeat_interleave(rows // len(lengths))
+
+
+class CallTracker:
+    """Keeps what the running call of ``model`` is about.
+
+    Args:
+        model: the model that is called from outside (``…ForCausalLM``).
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._handles: list[Any] = []
+        self._call: _Call | None = None
+        self._lengths: Sequence[int] | None = None
+
+    def attach(self) -> None:
+        if not self._handles:
+            self._handles = [
+                self._model.register_forward_pre_hook(self._enter, with_kwargs=True),
+                self._model.register_forward_hook(self._leave, always_call=True),
+            ]
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._call = [], None
+
+    @contextlib.contextmanager
+    def prompts(self, lengths: Sequence[int]) -> Iterator[None]:
+        """Inside, row i of a batch begins with a prompt of ``lengths[i]`` tokens (counted from its first unpadded one).
+
+        Without it a call that has no cached tokens is taken to be all prompt.
+        """
+        before, self._lengths = self._lengths, tuple(int(n) for n in lengths)
+        try:
+            yield
+        finally:
+            self._lengths = before
+
+    def current(self) -> _Call:
+        """The running call; of a call that went past the model's own forward nothing is known: no padding, no cache."""
+        return self._call or _Call(None, None, 0, self._lengths)
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if args:  # the order of arguments differs between models
+            kwargs = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        ids, past = kwargs.get("input_ids"), _past_length(kwargs)
+        self._call = _Call(ids, _padding_mask(kwargs.get("attention_mask"), past), past, self._lengths)
+
+    def _leave(self, *_: Any) -> None:
+        self._call = None
+
+
+def _padding_mask(mask: Any, past: int) -> Tensor | None:
+    """``(B, past + T)``, nonzero at tokens; None where nothing is said of padding.
+
+    With a cache of fixed size ``generate`` hands over what the attention itself takes: ``(B, 1, T, K)``, True or 0.0 where
+    a query may look, or one such mask for each kind of layer. The last query sees every token that is not padding.
+    """
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        seen = mask[:, 0, -1, : past + mask.shape[2]]
+        return seen if seen.dtype == torch.bool else seen == 0
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _past_length(call: Mapping[str, Any]) -> int:
+    cache, position = call.get("past_key_values"), call.get("cache_position")
+    if cache is None:
+        return 0
+    if position is not None:  # a sliding or fixed-size cache does not know its own length
+        return int(position[0])
+    if hasattr(cache, "get_seq_length"):
+        return int(cache.get_seq_length())
+    return int(cache[0][0].shape[-2]) if len(cache) else 0  # a legacy tuple of (key, value)
+
+
+def hook_block(block: nn.Module, change: Callable[[Tensor], Tensor | None]) -> Any:
+    """Register ``change(hidden (B, T, d)) -> hidden | None`` on a block's output, a tensor or a tuple led by one."""
+
+    def hook(_module: nn.Module, _args: tuple, output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) else output
+        changed = change(hidden)
+        if changed is None:
+            return None
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    return block.register_forward_hook(hook)
