@@ -126,12 +126,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no variant {unknown[0]!r}; there are: {'; '.join(VARIANTS)}")
     args.out.mkdir(parents=True, exist_ok=True)
     try:
-        name_scores = {name: load_part(args, name) for name in PARTS_SHOWN[: 1 if args.stream else None]}
+        parts = {name: load_part(args, name) for name in PARTS_SHOWN[: 1 if args.stream else None]}
         model, tokenizer = load_model(args.model)
         scorer = Scorer(model, tokenizer, cache=BaselineCache(default_cache_folder()))
-        scorer.prepare([r for part in name_scores.values() for r in part])
+        scorer.prepare([r for part in parts.values() for r in part])
         for name in names:
-            (run_stream if args.stream else run_variant)(name, scorer, name_scores, args)
+            (run_stream if args.stream else run_variant)(name, scorer, parts, args)
     except (BaftError, OSError) as error:
         print(f"ablation.py: error: {error}", file=sys.stderr)
         return 2
@@ -160,12 +160,12 @@ def record_path(name: str, args: argparse.Namespace) -> Path:
 
 
 def run_variant(
-    name: str, scorer: Scorer, name_scores: Mapping[str, Sequence[EditRequest]], args: argparse.Namespace
+    name: str, scorer: Scorer, parts: Mapping[str, Sequence[EditRequest]], args: argparse.Namespace
 ) -> None:
     path = record_path(name, args)
     done = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     method, config = VARIANTS[name]
-    work = [(part, request) for part, requests in name_scores.items() for request in requests]
+    work = [(part, request) for part, requests in parts.items() for request in requests]
     if len(done) >= len(work):
         return
     settings = {"config": config} if method == "baft" else config
@@ -192,9 +192,7 @@ def questions(args: argparse.Namespace, asked: Sequence[EditRequest]) -> list[st
     return list(itertools.islice(found, BaftConfig().bank_size))
 
 
-def run_stream(
-    name: str, scorer: Scorer, name_scores: Mapping[str, Sequence[EditRequest]], args: argparse.Namespace
-) -> None:
+def run_stream(name: str, scorer: Scorer, parts: Mapping[str, Sequence[EditRequest]], args: argparse.Namespace) -> None:
     """The variant's edits in one adapter; the records' ``seconds`` are the time of their edits."""
     path = record_path(name, args)
     if path.is_file():
@@ -203,7 +201,7 @@ def run_stream(
     edited = make_method(method, {"config": config} if method == "baft" else config)
     edited, lines = edited.attach(scorer.model, scorer.tokenizer), []
     try:
-        for part, requests in name_scores.items():
+        for part, requests in parts.items():
             costs = []
             for request in tqdm(requests, desc=name):
                 begin = time.perf_counter()
@@ -255,21 +253,21 @@ def write_table(args: argparse.Namespace) -> None:
 
 def draw_sweeps(summary: Mapping[str, Any], path: Path) -> None:
     """A panel for each setting of :data:`SWEEPS` of which every value was run."""
-    combined_subject_score = {n: vs for n, vs in SWEEPS.items() if all(sweep_name(n, v) in summary for v in vs)}
-    if not combined_subject_score:
+    shown = {n: vs for n, vs in SWEEPS.items() if all(sweep_name(n, v) in summary for v in vs)}
+    if not shown:
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(
         1,
-        len(combined_subject_score),
-        figsize=(3.2 * len(combined_subject_score), 3.2),
+        len(shown),
+        figsize=(3.2 * len(shown), 3.2),
         layout="constrained",
         squeeze=False,
         sharey=True,
     )
-    for axis, (name, values) in zip(axes[0], combined_subject_score.items(), strict=True):
+    for axis, (name, values) in zip(axes[0], shown.items(), strict=True):
         labels = [str(v[0]) if isinstance(v, tuple) else format(v, "g") for v in values]
         for metric in ("reliability", "generality", "locality", "same_subject", "unrelated"):
             found = [summary[sweep_name(name, v)]["all"][metric]["mean"] for v in values]

@@ -161,7 +161,7 @@ def basis_weights(
         adapter: with at least one edit.
         layer: an edited block.
         x: representations there, see :func:`read_prompt`.
-        subject score: ``(E,)`` of :func:`subject_scores_of`.
+        subject_score: ``(E,)`` of :func:`subject_scores_of`.
         index: ``(K,)`` which edits; all of them where None.
     """
     weighting = adapter.stack(layer, x.device).weighting

@@ -101,24 +101,21 @@ def representations(
     for row in rows:
         inner = torch.randperm(max(len(row) - 2, 0), generator=generator)[: POSITIONS_PER_TEXT - 1] + 1
         columns.append(sorted({len(row) - 1, *inner.tolist()}))
-    return {
-        layer: torch.cat(name_scores)
-        for layer, name_scores in read_blocks(model, tokenizer, rows, columns, layers).items()
-    }
+    return {layer: torch.cat(parts) for layer, parts in read_blocks(model, tokenizer, rows, columns, layers).items()}
 
 
 def relation_representations(model: nn.Module, tokenizer: Any, layers: Sequence[int]) -> dict[int, Tensor]:
     """Last-token block outputs of the relation dictionary's prompts, in its order: ``layer -> (N, d)`` fp32."""
     rows = [list(tokenizer(asked.text)["input_ids"]) for asked in dictionary()]
     found = read_blocks(model, tokenizer, rows, [[len(row) - 1] for row in rows], layers)
-    return {layer: torch.cat(name_scores) for layer, name_scores in found.items()}
+    return {layer: torch.cat(parts) for layer, parts in found.items()}
 
 
 def start_representations(model: nn.Module, tokenizer: Any, layers: Sequence[int]) -> dict[int, Tensor]:
     """Block outputs at the first token of texts that begin with a common word: ``layer -> (K, d)`` fp32."""
     rows = [list(tokenizer(f"{noun.capitalize()} is")["input_ids"]) for noun, _, _ in RELATIONS]
     found = read_blocks(model, tokenizer, rows, [[0]] * len(rows), layers)
-    return {layer: torch.cat(name_scores) for layer, name_scores in found.items()}
+    return {layer: torch.cat(parts) for layer, parts in found.items()}
 
 
 @dataclass(frozen=True)

@@ -425,8 +425,8 @@ def make_engine(
     reason = "" if config.engine == "reference" else spread(model)
     if reason:
         logger.warning("%s: %s; edits are trained by whole calls of it, not by the fast engine", _name(model), reason)
-    combined_subject_score = reason or config.engine == "reference" or config.output_coefficient
-    kind = ReferenceEngine if combined_subject_score else FastEngine
+    whole = reason or config.engine == "reference" or config.output_coefficient
+    kind = ReferenceEngine if whole else FastEngine
     engine = kind(model, tokenizer, config, layers)
     in_order = config.allocation == "joint" and (config.order == "depth" or config.mini_batch)
     return JointEngine(engine) if in_order else engine

@@ -117,16 +117,16 @@ class JointEngine:
         """Mini-batches of rows, dealt by ``generator`` or in their order: each gives its suffix and the rows' numbers."""
         count = len(job.rows)
         dealt = list(range(count)) if generator is None else torch.randperm(count, generator=generator).tolist()
-        name_scores = [dealt[i : i + size] for i in range(0, count, size)]
+        parts = [dealt[i : i + size] for i in range(0, count, size)]
         kept: dict[int, Suffix] = {}
 
         def piece(number: int) -> tuple[Suffix, list[int]]:
-            suffix = kept.get(number) or self._suffix([job.rows[i] for i in name_scores[number]])
+            suffix = kept.get(number) or self._suffix([job.rows[i] for i in parts[number]])
             if count <= _KEPT:
                 kept[number] = suffix
-            return suffix, name_scores[number]
+            return suffix, parts[number]
 
-        return [lambda number=number: piece(number) for number in range(len(name_scores))]
+        return [lambda number=number: piece(number) for number in range(len(parts))]
 
     def _suffix(self, rows: Sequence[Row]) -> Suffix:
         found = None if isinstance(self.engine, ReferenceEngine) else self.engine.prepare(rows)

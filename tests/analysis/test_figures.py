@@ -331,8 +331,8 @@ def test_on_the_real_model_loreft_leaks_and_the_default_does_less_than_any_linea
         unrelated = read_texts(editor, texts, prefixes=True)
         found[name] = tension(editor, "japan", paraphrases, unrelated), redundant_dimensions(editor)
         editor.detach()
-    (loreft, name_scores), (baft, _) = found["loreft"], found["baft"]
+    (loreft, parts), (baft, _) = found["loreft"], found["baft"]
     assert loreft.leak > 2 * loreft.least_leak > 0
     assert baft.leak < baft.least_leak
     assert min(size for _, size in baft.paraphrases) > 0.4
-    assert name_scores.needed[0] <= 6  # half of the bases, or fewer, carry the edit
+    assert parts.needed[0] <= 6  # half of the bases, or fewer, carry the edit
