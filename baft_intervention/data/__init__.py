@@ -12,16 +12,21 @@ wikibio, sanitation                       wikibio, sanitation         knowedit.p
 convsent                                  convsent                    convsent.py (option ``direction``)
 counterfact                               counterfact, …_flat         counterfact.py (option ``include``)
 hallucination, temporal                   wise                        wise.py
+wikibigedit                               wikibigedit                 wikibigedit.py
+qaedit                                    qaedit                      qaedit.py
+hallueditbench                            hallueditbench              hallueditbench.py (CSV)
 mquake                                    mquake                      mquake.py
 known                                     known                       known.py
 own                                       own                         own.py: JSON, JSON Lines, CSV
 ========================================  ==========================  =================================================
 
-A format of one's own: :func:`register_format`. Formats are asked in the reverse order of their registration, so the
-catch-all ``own`` is registered first.
+:func:`register_format` adds a format. Formats are asked in the reverse order of their registration, so the catch-all
+``own`` is registered first.
 """
 
-from . import own, known, knowedit, wise, counterfact, zsre_mend, mquake, convsent  # noqa: F401, I001 — the order is the precedence
+# a format that is imported later is asked first
+from . import own, known, knowedit, wise, counterfact, wikibigedit, zsre_mend, mquake, convsent  # noqa: F401, I001
+from . import qaedit, hallueditbench  # noqa: F401
 from .convsent import direction_of
 from .load import LoadedData, load_facts, load_requests
 from .record import Record

@@ -5,7 +5,7 @@ ROME's form::
     {"case_id": 0, "requested_rewrite": {"prompt": "The mother tongue of {} is", "subject": "…", "relation_id": "P103",
         "target_new": {"str": "…", "id": "Q…"}, "target_true": {"str": "…", "id": "Q…"}},
      "paraphrase_prompts": ["…", "…"], "neighborhood_prompts": [10], "attribute_prompts": [10], "generation_prompts": [10],
-     "portability": {"Recalled Relation": "…", "New Question": "…", "New Answer": "…"}}
+     "portability": {"Recalled Relation": "…", "New Question": "…", "New Answer": "…"}, "alternative_subject": "…"}
 
 and what its prompt lists become (option ``include`` says which are read):
     * ``paraphrase``: kind ``rephrase``; ROME puts an unrelated sentence before each. Must give the new answer,
@@ -16,7 +16,8 @@ and what its prompt lists become (option ``include`` says which are read):
       ROME's tables do not use them; not read by default.
     * ``generation``: kind ``portability``, no answer; ROME's fluency and consistency texts start from them. Not read by
       default: teacher-forced accuracy has nothing to score there.
-    * ``portability``: one hop further, added by EasyEdit's authors; group ``one_hop``.
+    * ``portability``: added by EasyEdit's authors. One hop further (``portability``, group ``one_hop``), and the prompt with
+      another name of the subject (``alternative_subject``, group ``subject_alias``).
 
 EasyEdit's flat form has one of each: ``prompt``, ``target_new``, ``ground_truth``, ``rephrase_prompt``, ``locality_prompt``,
 ``locality_ground_truth``. Trap: its ``rephrase_prompt`` is often one of ROME's *generation* prompts ("Where X is from, people
@@ -89,6 +90,8 @@ def read_counterfact(record: Record, *, include: tuple[Part, ...] = DEFAULT_PART
             probes.append(Probe(prompt=prompt, kind="portability", group="generation"))
     if "portability" in include:
         probes += one_hop(record)
+        if alias := record.optional_text("alternative_subject"):
+            probes += record.probe(fill(rewrite, "prompt", alias), "portability", (new,), group="subject_alias")
     return record.request(
         prompt=fill(rewrite, "prompt", subject),
         target_new=new,

@@ -76,13 +76,25 @@ class LoadedData:
         return dict(sorted(Counter(f"{p.kind}/{p.group}" for r in self.requests for p in r.probes).items()))
 
     def without(self, other: LoadedData | Iterable[str]) -> LoadedData:
-        """Less the cases whose prompt or rephrases another data set (or a list of prompts) also has.
+        """The data less every case that shares a prompt, a rephrase or a subject with ``other``.
 
-        For tuning on a file that shares questions with the one that is reported, see ``splits.py``.
+        Choose settings on what this leaves of a file that has questions in common with the test file, see ``splits.py``.
+
+        Args:
+            other: another data set, or a list of prompts (which has no subjects).
         """
-        prompts = other if not isinstance(other, LoadedData) else (p for r in other.requests for p in _wordings(r))
+        if isinstance(other, LoadedData):
+            prompts = [prompt for request in other.requests for prompt in _wordings(request)]
+            subjects = {normalised(request.subject) for request in other.requests if request.subject}
+        else:
+            prompts, subjects = list(other), set()
         known = {normalised(prompt) for prompt in prompts}
-        kept = [case for case in self.cases if not any(normalised(p) in known for r in case for p in _wordings(r))]
+
+        def shared(request: EditRequest) -> bool:
+            same_subject = bool(request.subject) and normalised(request.subject or "") in subjects
+            return same_subject or any(normalised(prompt) in known for prompt in _wordings(request))
+
+        kept = [case for case in self.cases if not any(map(shared, case))]
         requests = tuple(request for case in kept for request in case)
         options = {**self.options, "left_out": self.options.get("left_out", 0) + len(self.cases) - len(kept)}
         return replace(self, requests=requests, options=options)

@@ -3,15 +3,18 @@
 Hyper-parameters chosen on the records that are reported afterwards make every number too good, and nothing in a result
 file shows it. Code that searches for settings calls :func:`refuse_test_files` first.
 
-A file is known by its name (the benchmarks' own names, whatever the folder); an unknown name is read word by word
-(``my_facts_test.json`` is test); a file that says nothing is nobody's test file and has no split.
+A file is known by its name (the benchmarks' own names, in any folder). An unknown name is read word by word
+(``my_facts_test.json`` is test). A name that says nothing has no split.
 
-Calls that one could make otherwise:
-    * CounterFact as ROME publishes it has one part, on which all papers report: test. EasyEdit's ``counterfact-train.json``
-      and ``counterfact-val.json`` are for tuning.
-    * ``zsre_mend_edit.json`` is WISE's and EasyEdit's test part. ``zsre_mend_eval.json`` is the validation slice of MEND, and the
-      only ZsRE file at hand to tune on: validation. ROME and MEMIT *report* on it, so do not tune on it what you compare with
-      them; and it shares questions with the test files: take those out with :meth:`LoadedData.without`.
+Decisions that could have been otherwise:
+    * CounterFact as ROME publishes it has one part, on which all papers report: test. So is EasyEdit's
+      ``counterfact-edit.json``, a part of the same records. ``counterfact-train.json`` and ``counterfact-val.json`` are for tuning.
+    * ``zsre_mend_edit.json`` is WISE's and EasyEdit's test part. ``zsre_mend_eval.json`` is MEND's validation slice: validation.
+      ROME and MEMIT *report* on it, so do not tune on it what you compare with them. It shares questions and subjects with
+      the test files: take those out with :meth:`LoadedData.without`.
+    * HalluEditBench has topics instead of parts: of these 13 the first six in alphabetical order are validation, the
+      others test.
+    * WikiBigEdit, QAEdit and EasyEdit's portability files have one part each: test.
     * ``known_1000.json`` is nobody's editing benchmark: train.
 """
 
@@ -63,6 +66,28 @@ FILES: dict[str, Split] = {
     "mquake-t.json": "test",
     "mquake-hard.json": "test",
     "mquake-remastered.json": "test",
+    # one part each
+    "wikibigedit.json": "test",
+    "wikibigedit_3k.json": "test",
+    "qaedit.json": "test",
+    "qaedit_inter_1k.json": "test",
+    "counterfact_subject_replace.json": "test",
+    "zsre_subject_replace.json": "test",
+    "zsre_inverse_relation.json": "test",
+    # HalluEditBench, a file a topic
+    "art_sculpture.csv": "validation",
+    "business_corporation.csv": "validation",
+    "entertainment_anime.csv": "validation",
+    "entertainment_song.csv": "validation",
+    "event_history.csv": "validation",
+    "geography_forest.csv": "validation",
+    "geography_volcano.csv": "test",
+    "health_medication.csv": "test",
+    "human_athlete.csv": "test",
+    "human_scientist.csv": "test",
+    "places_city.csv": "test",
+    "places_landmark.csv": "test",
+    "technology_programming_language.csv": "test",
     # ROME
     "known_1000.json": "train",
 }

@@ -3,6 +3,9 @@
     {"subject": "…", "src": "question", "rephrase": "question", "alt": "…", "answers": ["…"], "pred": "…",
      "loc": "nq question: …", "loc_ans": "…", "cond": "…", "portability": {"Recalled Relation", "New Question", "New Answer"}}
 
+EasyEdit's portability files add ``alternative_subject`` and ``alter_subject_question`` (the question under another name of the
+subject; group ``subject_alias``) or ``inverse question`` (asks for the subject, given the new answer; group ``inverse``).
+
 **Two targets.** MEND, EasyEdit and WISE edit to ``alt``, a counterfactual that a model proposed; MEMIT and its family edit to
 ``answers[0]``, the true answer. Results of the two cannot be compared, so the option ``target`` says which was taken and
 the loaded data records it. With ``alt``, ``answers`` are the old truth (``target_true``); in some records ``alt`` *is* the
@@ -13,7 +16,7 @@ neighbour. Its prefix ``nq question:`` is no English that a model would be asked
 ``loc="question"`` the prefix goes and a question mark comes; ``loc="verbatim"`` keeps the text as EasyEdit runs it.
 
 Traps: some ``alt`` begin with a space; MEND skips records with an empty ``alt`` in silence, here they are bad records;
-``zsre_mend_eval.json`` shares about 110 questions with each of the test files, see ``splits.py``.
+the published ``zsre_mend_eval.json`` shares questions with each of the test files, see ``splits.py``.
 """
 
 from __future__ import annotations
@@ -66,6 +69,10 @@ def read_zsre_mend(
     for prompt in record.texts("rephrase"):
         probes += record.probe(prompt, "rephrase", wanted, group="rephrase")
     probes += one_hop(record)
+    if question := record.optional_text("alter_subject_question"):
+        probes += record.probe(question, "portability", wanted, group="subject_alias")
+    if target == "alt" and (question := record.optional_text("inverse question")):  # it names ``alt``
+        probes += record.probe(question, "portability", record.answers("subject"), group="inverse")
     if question := record.optional_text("loc"):
         question = plain_question(question) if loc == "question" else question
         if not question:

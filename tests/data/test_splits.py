@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from baft_intervention.data import refuse_test_files, split_of
+from baft_intervention.data.files import SUFFIXES
 from baft_intervention.errors import DataError
 
 
@@ -21,6 +22,14 @@ from baft_intervention.errors import DataError
         ("zsre_mend_eval.json", "validation"),
         ("counterfact.json", "test"),
         ("MQuAKE-hard.json", "test"),
+        ("counterfact-edit.json", "test"),
+        ("counterfact-val.json", "validation"),
+        ("counterfact-train.json", "train"),
+        ("wikibigedit_3k.json", "test"),
+        ("QAEdit_inter_1k.json", "test"),
+        ("portability/zsre_inverse_relation.json", "test"),
+        ("hallueditbench/geography_forest.csv", "validation"),
+        ("hallueditbench/geography_volcano.csv", "test"),
         ("my_facts_dev.csv", "validation"),
         ("train_and_test.json", "test"),
         ("train_dev.json", None),
@@ -43,4 +52,16 @@ def test_refusal() -> None:
 
 
 def test_every_file_at_hand_has_a_split(data_dir: Path) -> None:
-    assert [path.name for path in sorted(data_dir.rglob("*.json")) if split_of(path) is None] == []
+    files = [path for path in sorted(data_dir.rglob("*")) if path.suffix in SUFFIXES]
+    assert [path.name for path in files if split_of(path) is None] == []
+    for path in files:
+        if split_of(path) == "test":
+            with pytest.raises(DataError, match=path.name):
+                refuse_test_files(path)
+
+
+def test_halluedit_topics_are_cut_in_alphabetical_order(data_dir: Path) -> None:
+    topics = sorted((data_dir / "hallueditbench").glob("*.csv"))
+    if not topics:
+        pytest.skip(f"hallueditbench is not in {data_dir}")
+    assert [split_of(path) for path in topics] == ["validation"] * 6 + ["test"] * 7
