@@ -230,7 +230,7 @@ def make_cell(
     words += ["--skip-bad"] if args.skip_bad else []
     words += ["--fresh"] if args.fresh else []
     start = shlex.split(args.launch) or [sys.executable]
-    command = [*start, "-m", "baft_intervention.evaluation.runner", *words]
+    command = [*start, "-m", "baft_intervention.cli", "evaluate", *words]
     return Cell(name, folder, command, args.limit or count_records(data))
 
 

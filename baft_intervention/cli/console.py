@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
+OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130  # exit codes
 Mark = Literal["ok", "missed", "same", "moved", "changed"]
 _STYLES: dict[str, str] = {"ok": "bold green", "missed": "bold red", "same": "green", "moved": "bold yellow"}
 PIPED_WIDTH = 120  # columns of a table that goes to a file or a pipe
@@ -31,7 +32,7 @@ class Output:
         return not self.quiet and sys.stderr.isatty()
 
     def note(self, text: str) -> None:
-        """One line for people about what is going on; on stderr."""
+        """One line for people about the work in progress; on stderr."""
         if not self.quiet:
             sys.stderr.write(text + "\n")
             sys.stderr.flush()
@@ -56,10 +57,10 @@ class Output:
 
         Args:
             columns: headings.
-            rows: cells; shown as text, whatever they hold.
+            rows: cells; each is shown as plain text, control characters replaced.
             title: a line above.
             mark: index of the column that holds a :data:`Mark`, which is coloured.
-            sections: indices of rows behind which a rule is drawn.
+            sections: indices of rows that a rule follows.
         """
         if self.as_json:
             return
@@ -92,7 +93,7 @@ class Output:
 
 
 class Silent(Output):
-    """Shows nothing: of the processes that work on a command together, one shows the results."""
+    """Shows nothing: of several processes that run a command together, only one shows results."""
 
     def __init__(self) -> None:
         super().__init__(as_json=True, quiet=True)
@@ -119,20 +120,19 @@ def can_show(text: str) -> bool:
 
 
 def set_up_logging(*, quiet: bool, debug: bool) -> None:
-    """The library's messages on stderr; transformers only speaks up about errors."""
+    """Show the library's messages on stderr."""
     logger = logging.getLogger("baft_intervention")
     logger.setLevel(logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO)
     for handler in [h for h in logger.handlers if isinstance(h, _StderrHandler)]:
         logger.removeHandler(handler)
     logger.addHandler(_StderrHandler())
     logger.propagate = False
-    logging.getLogger("huggingface_hub").setLevel(
-        logging.ERROR
-    )  # retries of a hub that is not reached; the error says it
+    # not each retry of a hub that cannot be reached; the error says so
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 class _StderrHandler(logging.Handler):
-    """Looks up ``sys.stderr`` at each message (it may be replaced), and writes past a progress bar without breaking it."""
+    """Writes to the current ``sys.stderr`` (tests replace it) without breaking a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm

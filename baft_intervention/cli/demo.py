@@ -1,7 +1,7 @@
-"""``baft demo``: a real model's facts changed, saved, loaded in a fresh process, and taken back.
+"""``baft demo``: change a real model's facts, save them, load them in a fresh process, and undo them.
 
-Nothing here is prepared but the questions: every mark in the tables is computed from what the model wrote in this
-run. A neighbour is ``same`` only where its answer is the unedited one, letter by letter.
+Only the questions are prepared: every mark in the tables is computed from what the model wrote in this run. A neighbour
+is ``same`` only if its answer is the unedited one, letter by letter.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
-from ..editor.editor import BaftEditor
 from ..errors import EditError
-from ..models.embedded import cache_folder
 from ..requests import EditRequest, Probe
-from .console import Mark, Output
-from .main import FAILED, OK
+from .console import FAILED, OK, Mark, Output
+from .options import MODEL_HELP, add_command, add_device
 
-ANSWER_TOKENS = 8  # enough to see an answer, short enough to be equal for another reason than the rest of a text
+if TYPE_CHECKING:
+    import torch
+
+    from ..editor.editor import BaftEditor
+
+ANSWER_TOKENS = 8  # enough to see an answer; in a longer text, the rest after the answer would move as well
 Kind = Literal["edit", "paraphrase", "neighbour"]
 
 
@@ -38,7 +39,7 @@ def _fact(prompt: str, target: str, subject: str, true: str, paraphrase: str, ne
     return EditRequest(prompt, target, subject=subject, target_true=(true,), probes=probes)
 
 
-# what SmolLM2-135M knows; of the neighbours one is about the same subject, and one asks the same of another subject
+# what SmolLM2-135M knows; one neighbour asks something else about the same subject, the other the same about another one
 FACTS = (
     _fact(
         "The capital of Japan is", "Osaka", "Japan", "Tokyo",
@@ -81,7 +82,30 @@ QUESTIONS = tuple(
 )
 
 
-def run_demo(args: argparse.Namespace, out: Output) -> int:
+def add(commands: Any) -> None:
+    """The options of ``baft demo``."""
+    parser = add_command(
+        commands,
+        "demo",
+        run,
+        summary="edit three facts of a real model, save, load, undo: all in a minute",
+        description="Edits three facts of a real language model and shows, before and after: the edited question, a paraphrase,\n"
+        "and two neighbours that should stay the same (each mark is computed, not assumed). Then it saves the edits,\n"
+        "loads them in a fresh process, and undoes them. The first run also prepares the model (once).",
+        example="  baft demo\n  baft demo --json > demo.json",
+    )
+    parser.add_argument("--model", default="smollm2-135m", help=f"{MODEL_HELP}; default: smollm2-135m")
+    parser.add_argument("--out", metavar="DIR", help="folder for the adapter; default: one in the cache folder")
+    add_device(parser)
+
+
+def run(args: argparse.Namespace, out: Output) -> int:
+    """Run the demo; FAILED where one of its checks does."""
+    import torch
+
+    from ..editor.editor import BaftEditor
+    from ..models.embedded import cache_folder
+
     clock = _Clock()
     out.note(f"baft: preparing {args.model} (the first run converts it and makes its bank of unrelated text, once)")
     editor = BaftEditor.from_pretrained(args.model, device=args.device, dtype=args.dtype)
@@ -124,7 +148,9 @@ def run_demo(args: argparse.Namespace, out: Output) -> int:
     # what another edit's gate lets through is seen here, not promised
     back = one_undone[FACTS[0].prompt] == before[FACTS[0].prompt]
     seconds = clock.total("set_up")
-    _show_rest(out, place, before, after, one_undone, all_undone, checks, marks, clock, seconds)
+    _show_rest(
+        out, place, before, after, one_undone, all_undone, checks, marks, clock, seconds, torch.get_num_threads()
+    )
     out.result(
         {
             "model": args.model,
@@ -144,6 +170,8 @@ def run_demo(args: argparse.Namespace, out: Output) -> int:
 
 def weights_digest(model: torch.nn.Module) -> str:
     """sha256 over every parameter's and buffer's name and bytes."""
+    import torch
+
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
@@ -152,7 +180,7 @@ def weights_digest(model: torch.nn.Module) -> str:
 
 
 def _warm_up(editor: BaftEditor) -> None:
-    """An edit that is taken back: what the first edit of a model prepares belongs to the set-up, not to the demo."""
+    """Make and undo an edit: what a model's first edit prepares belongs to the set-up, not to the demo."""
     report = editor.edit(EditRequest("The grass is", "blue", subject="grass"))
     editor.undo(report.edits[0].id)
 
@@ -166,7 +194,7 @@ def _ask_fresh_process(place: Path, args: argparse.Namespace) -> dict[str, str]:
     command = [
         sys.executable,
         "-m",
-        "baft_intervention.cli.main",
+        "baft_intervention.cli",
         "generate",
         "--adapter",
         str(place),
@@ -262,6 +290,7 @@ def _show_rest(
     marks: Mapping[str, Mark],
     clock: _Clock,
     seconds: float,
+    threads: int,
 ) -> None:
     edited = [q.prompt for q in QUESTIONS if q.kind == "edit"]
     rows = [(p, before[p], after[p], one_undone[p], all_undone[p]) for p in edited]
@@ -270,7 +299,7 @@ def _show_rest(
     out.table(("check", ""), [(name, "ok" if good else "missed") for name, good in checks.items()], mark=1)
     out.say(
         f"{seconds:.1f} s in all, of which training {clock.laps['edited']:.1f} s; set-up before that "
-        f"{clock.laps['set_up']:.1f} s; {torch.get_num_threads()} threads"
+        f"{clock.laps['set_up']:.1f} s; {threads} threads"
     )
     if moved := [q.prompt for q in QUESTIONS if marks[q.prompt] == "moved"]:
         out.say(f"{len(moved)} of the neighbours moved, which they should not: {'; '.join(moved)}", style="yellow")

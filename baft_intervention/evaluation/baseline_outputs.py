@@ -65,7 +65,7 @@ def baseline_key(queries: list[Query], rows: list[Row], settings: dict[str, Any]
 def code_version() -> str:
     """A hash of the modules that the answers come from."""
     digest = hashlib.sha256()
-    for name in ("forward.py", "plan.py", "priors.py", "scoring.py"):
+    for name in ("forward.py", "queries.py", "baseline_outputs.py", "scoring.py"):
         digest.update(Path(__file__).with_name(name).read_bytes())
     return digest.hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""One writer at a time in an adapter folder."""
+"""One writer at a time in a folder."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ LOCK = "adapter.lock"
 class FolderLock:
     """An exclusive lock on a folder, held until :meth:`release` or the end of the process, however that ends.
 
-    The lock is the kernel's (``flock``), on the file ``adapter.lock``, in which the holder's process id stands. The file is
-    removed with the lock; one that a killed process left behind is taken over.
+    The lock is the kernel's (``flock``), on a file in the folder that holds the owner's process id. The file is removed
+    before the lock is released; one that a killed process left behind is taken over.
 
     Args:
         folder: it must exist.
+        name: of the lock file.
 
     Raises:
         StoreError: another process holds the lock (its id is named), or the folder cannot be written to.
     """
 
-    def __init__(self, folder: Path):
-        self._path = folder / LOCK
+    def __init__(self, folder: Path, name: str = LOCK):
+        self._path = folder / name
         self._file = -1
         try:
             while not self._acquire(folder):
@@ -56,7 +57,7 @@ class FolderLock:
         except BlockingIOError:
             holder = os.read(file, 32).decode("ascii", "replace").strip() or "of unknown id"
             raise StoreError(
-                f"{folder} is open for writing in process {holder}; wait for it, or close the editor there"
+                f"{folder} is open for writing in process {holder}; wait for it, or give another folder"
             ) from None
         except FileNotFoundError:
             return False

@@ -94,7 +94,7 @@ def test_cells_are_started_as_launch_says(place, tmp_path, capsys, monkeypatch):
     launch = ["--launch", "torchrun --standalone --nproc_per_node 2", "--dry-run"]
     assert script("run").main(matrix(place, tmp_path / "out", *launch)) == 0
     for line in capsys.readouterr().out.splitlines():
-        assert line.startswith("torchrun --standalone --nproc_per_node 2 -m baft_intervention.evaluation.runner ")
+        assert line.startswith("torchrun --standalone --nproc_per_node 2 -m baft_intervention.cli evaluate ")
     monkeypatch.setenv("WORLD_SIZE", "2")  # as if run.py itself had been started so
     assert script("run").main(matrix(place, tmp_path / "out", "--dry-run")) == 2
     assert "run it as one process, with --launch" in capsys.readouterr().err

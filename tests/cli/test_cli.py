@@ -19,7 +19,6 @@ from tiny import tiny_model, tiny_tokenizer
 
 FRANCE = {"prompt": "The capital of France is", "target_new": "Japan", "subject": "France", "id": "france"}
 LEO = {"prompt": "The mother tongue of Leo is", "target_new": "city", "subject": "Leo", "id": "leo"}
-COMMANDS = ("demo", "edit", "generate", "merge", "recover", "list", "undo", "validate")
 
 
 @pytest.fixture(scope="module")
@@ -92,13 +91,13 @@ def test_help_is_quick_and_says_what_the_codes_mean():
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines()[-1] == "[]"
-    for command in (*COMMANDS, "evaluate"):
+    for command in cli.COMMANDS:
         assert f"    {command} " in run.stdout
     for code in ("0 ", "1 ", "2 ", "130 "):
         assert f"  {code}" in run.stdout
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", cli.COMMANDS)
 def test_each_command_teaches_with_an_example(baft, command):
     run = baft(command, "--help")
     assert run.code == 0
@@ -283,8 +282,8 @@ def test_merge_tells_conflicts_and_keeps_whose_it_is_told(baft, adapter, osaka, 
     assert {p.name: p.read_bytes() for p in adapter.iterdir()} == before
     run = baft("merge", "--adapter", adapter, osaka, "--on-conflict", "theirs")
     assert run.code == 0
-    assert "2 edits taken in, 1 were there already, 1 conflicts; 3 in" in run.out
-    assert "holds an adapter already" in baft("merge", "--adapter", adapter, osaka, "--out", "ours").err
+    assert "2 edits added, 1 held already, 1 conflicts; 3 in" in run.out
+    assert "already holds an adapter" in baft("merge", "--adapter", adapter, osaka, "--out", "ours").err
 
 
 def test_finished_edits_are_on_the_disk_whatever_comes_after(baft, edit, home, place, monkeypatch):
@@ -333,7 +332,7 @@ def test_recover_copies_what_is_whole(baft, edit, home, place, monkeypatch):
     assert baft("edit", "--adapter", "a", "--edits", home / "one.jsonl").code == 2
     run = baft("recover", "--adapter", "a", "--out", "b")
     assert run.code == 0
-    assert "1 edits are whole and in b; a is as it was" in run.out
+    assert "1 intact edits are in b; a is unchanged" in run.out
     assert "what it said is lost" in run.err
     assert log.read_bytes() == bytes(data)
     assert [e["id"] for e in baft("list", "--adapter", "b", "--json").json["edits"]] == ["france"]

@@ -82,7 +82,7 @@ def test_the_pyreft_way(tmp_path):
 @pytest.mark.parametrize("line", COMMANDS)
 def test_every_command_is_one(line):
     words = shlex.split(line)
-    args = build_parser(words[1]).parse_args(words[1:])
+    args = build_parser().parse_args(words[1:])
     assert args.command == words[1]
 
 

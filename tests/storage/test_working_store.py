@@ -392,7 +392,7 @@ def test_a_second_writer_is_refused_with_the_firsts_process_id(kept):
     editor.edit(FRANCE)
     before = contents(folder)
     second = editor_of()
-    message = f"is open for writing in process {os.getpid()}; wait for it, or close the editor there"
+    message = f"is open for writing in process {os.getpid()}; wait for it, or give another folder"
     with unchanged(second), pytest.raises(StoreError, match=message):
         second.keep_in(folder)
     second.edit(LEO)

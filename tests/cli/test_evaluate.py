@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from baft_intervention.evaluation.runner import command
+from baft_intervention.cli.main import main
+from baft_intervention.errors import StoreError
+from baft_intervention.storage.locking import FolderLock
 from evaluation.helpers import FACTS
 from tiny import tiny_model, tiny_tokenizer
 
@@ -46,6 +48,11 @@ def place(tmp_path_factory):
     ]
     (folder / "unrelated.json").write_text(json.dumps(questions))
     return folder
+
+
+def command(words):
+    """``baft evaluate`` in this process."""
+    return main(["evaluate", *words])
 
 
 def words(place, out, *more, method="ft-m"):
@@ -174,6 +181,43 @@ def test_fresh_does_not_delete_what_it_did_not_write(place, tmp_path, capsys):
     assert (tmp_path / "thesis.tex").exists()
 
 
+def test_fresh_deletes_nothing_while_another_process_writes(place, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert command(words(place, out, "--limit", "1", "--no-answers", method="base")) == 0
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    hold = (
+        "import sys; from pathlib import Path; from baft_intervention.storage.locking import FolderLock\n"
+        "lock = FolderLock(Path(sys.argv[1]), 'lock'); print('locked', flush=True); sys.stdin.read()"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, out], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as writer:
+        assert writer.stdout.readline() == b"locked\n"
+        assert command(words(place, out, "--limit", "1", "--no-answers", "--fresh", method="base")) == 2
+        assert f"is open for writing in process {writer.pid}" in capsys.readouterr().err
+        assert {p.name: p.read_bytes() for p in out.iterdir() if p.name != "lock"} == before
+        writer.stdin.close()
+    assert command(words(place, out, "--limit", "1", "--no-answers", "--fresh", method="base")) == 0
+    assert "lock" not in {p.name for p in out.iterdir()}
+
+
+def test_the_lock_is_removed_before_it_is_released(place, tmp_path, monkeypatch):
+    """Removed after, it could be the lock of a process that took it in between."""
+    real, held = os.unlink, []
+
+    def unlink(path, **options):
+        if str(path).endswith("lock"):
+            with pytest.raises(StoreError, match="is open for writing"):
+                FolderLock(tmp_path / "out", "lock")
+            held.append(path)
+        return real(path, **options)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    assert command(words(place, tmp_path / "out", "--limit", "1", "--no-answers", method="base")) == 0
+    assert len(held) == 1
+
+
 def test_out_that_is_a_file(place, tmp_path, capsys):
     (tmp_path / "out").write_text("")
     assert command(words(place, tmp_path / "out", method="base")) == 2
@@ -195,13 +239,13 @@ def test_numbers_with_an_exponent_are_numbers(place, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_the_system_kills_three_times_gives_the_same_file(place, tmp_path):
-    """SIGKILL at random moments, in a process of its own; the same command again goes on."""
+    """SIGKILL at random moments, in a process of its own; the same command again resumes."""
     rng = random.Random(5)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
     def start(out):
         more = words(place, out, "--protocol", "sequential_immediate", "--threads", "1")
-        argv = [sys.executable, "-m", "baft_intervention.evaluation.runner", *more]
+        argv = [sys.executable, "-m", "baft_intervention.cli", "evaluate", *more]
         return subprocess.Popen(argv, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
     process = start(tmp_path / "whole")
