@@ -1,8 +1,8 @@
-"""Where in a running batch the edited tokens are: hooks that survive padding, caching and beams.
+"""Which tokens of a running batch are edited, whatever the padding, cache or beams.
 
-A forward hook on a decoder block sees hidden states ``(B, T, d)`` and nothing else. What the T columns are (which
-prompt, how much padding, how many tokens are cached already) is known one level up, in the arguments of the model's
-call. :class:`CallTracker` reads them in a pre-hook of the model and keeps them while that call runs.
+A forward hook on a decoder block sees hidden states ``(B, T, d)`` and nothing else. Which prompt a row holds, where its padding
+lies and how many tokens are cached is known only from the arguments of the model's call. :class:`CallTracker` reads them in a
+pre-hook of the model and keeps them while that call runs.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from ..errors import PositionError
 
 
 class _Call:
-    """One running call of the model: ``past`` cached tokens, then T columns."""
+    """One call of the model: ``past`` cached tokens, then T columns."""
 
     def __init__(self, ids: Tensor | None, attention_mask: Tensor | None, past: int, lengths: Sequence[int] | None):
         self.ids, self.attention_mask, self.past, self.lengths = ids, attention_mask, past, lengths
         self._found: dict[PositionRule, tuple[Tensor, Tensor] | None] = {}
-        self.subject_score: dict[int, Tensor] = {}  # edited layer -> (E, B), read at an earlier layer of this call
+        self.subject_score: dict[int, Tensor] = {}  # edited layer -> (E, B), from an earlier block of this call
 
     def positions(
         self, rule: PositionRule, subjects: IdSequences | None, rows: int, width: int
     ) -> tuple[Tensor, Tensor] | None:
-        """``(row, column)`` indices of the edited tokens, or None where this call has none."""
+        """``(row, column)`` indices of the edited tokens, or None if this call has none."""
         if rule not in self._found:
             self._found[rule] = self._find(rule, subjects, rows, width)
         return self._found[rule]
@@ -39,7 +39,7 @@ class _Call:
         self, rule: PositionRule, subjects: IdSequences | None, rows: int, width: int
     ) -> tuple[Tensor, Tensor] | None:
         if self.past and rule.kind != "all" and self.lengths is None:
-            return None  # a decoding step: the prompt was edited when it was read
+            return None  # a decoding step: the prompt was edited in the prefill
         if self.past and rule.kind != "all" and self.past >= self._widest(rows):
             return None
         starts, filled = self._extent(rows, width)
@@ -54,7 +54,7 @@ class _Call:
         return (row, column) if len(row) else None
 
     def _widest(self, rows: int) -> int:
-        """An upper bound of the absolute position of any prompt's end, without asking the accelerator."""
+        """An upper bound on the absolute position of the prompts' ends, computed without a device synchronisation."""
         if self.attention_mask is not None:
             starts, _ = self._extent(rows, self.attention_mask.shape[1])
             return int((starts + _expand(self.lengths or (), rows)).max())
@@ -79,17 +79,17 @@ class _Call:
 
 
 def _expand(lengths: Sequence[int], rows: int) -> Tensor:
-    """Beams and several return sequences repeat each prompt's row: repeat its length with it."""
+    """One length a row: beams and return sequences repeat a prompt's row, so its length is repeated too."""
     if not lengths or rows % len(lengths):
         raise PositionError(f"prompts() was given {len(lengths)} lengths, but the model was called with {rows} rows")
     return torch.tensor(list(lengths)).repeat_interleave(rows // len(lengths))
 
 
 class CallTracker:
-    """Keeps what the running call of ``model`` is about.
+    """Keeps the arguments of the model's running call.
 
     Args:
-        model: the model that is called from outside (``…ForCausalLM``).
+        model: the outermost model, the one that users call (``…ForCausalLM``).
     """
 
     def __init__(self, model: nn.Module):
@@ -112,9 +112,9 @@ class CallTracker:
 
     @contextlib.contextmanager
     def prompts(self, lengths: Sequence[int]) -> Iterator[None]:
-        """Inside, row i of a batch begins with a prompt of ``lengths[i]`` tokens (counted from its first unpadded one).
+        """Inside, row i of a batch starts with a prompt of ``lengths[i]`` tokens, padding not counted.
 
-        Without it a call that has no cached tokens is taken to be all prompt.
+        Without it, all tokens of a call that finds no cached tokens count as prompt.
         """
         before, self._lengths = self._lengths, tuple(int(n) for n in lengths)
         try:
@@ -123,11 +123,11 @@ class CallTracker:
             self._lengths = before
 
     def current(self) -> _Call:
-        """The running call; of a call that went past the model's own forward nothing is known: no padding, no cache."""
+        """The running call; an unknown one (no padding, no cache) if the model's own ``forward`` was bypassed."""
         return self._call or _Call(None, None, 0, self._lengths)
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if args:  # the order of arguments differs between models
+        if args:  # models differ in the order of their arguments
             kwargs = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         ids, past = kwargs.get("input_ids"), _past_length(kwargs)
         self._call = _Call(ids, _padding_mask(kwargs.get("attention_mask"), past), past, self._lengths)
@@ -137,10 +137,10 @@ class CallTracker:
 
 
 def _padding_mask(mask: Any, past: int) -> Tensor | None:
-    """``(B, past + T)``, nonzero at tokens; None where nothing is said of padding.
+    """``(B, past + T)``, nonzero at tokens; None if the call has no mask.
 
-    With a cache of fixed size ``generate`` hands over what the attention itself takes: ``(B, 1, T, K)``, True or 0.0 where
-    a query may look, or one such mask for each kind of layer. The last query sees every token that is not padding.
+    With a static cache, ``generate`` passes the attention's own mask ``(B, 1, T, K)``, True or 0.0 where a query may look, or a
+    dictionary of them, one for each kind of layer. The last query sees every token that is not padding.
     """
     if isinstance(mask, dict):
         mask = mask.get("full_attention", next(iter(mask.values()), None))
@@ -154,11 +154,11 @@ def _past_length(call: Mapping[str, Any]) -> int:
     cache, position = call.get("past_key_values"), call.get("cache_position")
     if cache is None:
         return 0
-    if position is not None:  # a sliding or fixed-size cache does not know its own length
+    if position is not None:  # a sliding or static cache does not know its length
         return int(position[0])
     if hasattr(cache, "get_seq_length"):
         return int(cache.get_seq_length())
-    return int(cache[0][0].shape[-2]) if len(cache) else 0  # a legacy tuple of (key, value)
+    return int(cache[0][0].shape[-2]) if len(cache) else 0  # the legacy tuple of (key, value) pairs
 
 
 def hook_block(block: nn.Module, change: Callable[[Tensor], Tensor | None]) -> Any:

@@ -1,12 +1,11 @@
-"""Several processes as one: a thin layer over ``torch.distributed``, and nothing at all in one process.
+"""Several processes working as one: a thin layer over ``torch.distributed`` that does nothing in a single process.
 
-``torchrun`` and ``accelerate launch`` start W processes, each with a *rank* 0 to W - 1 and a model of its own. What is
-independent (edits that compete, records of an evaluation) is shared out over ranks and gathered; what is one thing (an
-edit of several requests) is trained by all of them (:class:`DataParallel`); files are written by rank 0 alone. Every rank calls
-the same methods in the same order, and ends with the same edits.
+``torchrun`` and ``accelerate launch`` start W processes, each with a *rank* 0 to W - 1 and its own model. Independent work (edits
+that compete, records of an evaluation) is sharded over ranks and gathered. One edit of several requests is trained data-parallel
+(:class:`DataParallel`). Only rank 0 writes files. All ranks call the same methods in the same order and end with the same edits.
 
-An error on one rank is raised on every rank, so that none waits for one that has given up. A rank that is killed takes
-the others with it: the launcher ends them.
+An error on one rank is raised on every rank, so that no rank waits for one that has failed. If a rank is killed, the launcher
+ends the others.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ from ..errors import EditError
 
 T = TypeVar("T")
 
-# one rank may be writing its bank, or waiting for a slow disk; that a rank has died is noticed without it
+# a rank may wait long for another that prepares a bank or writes to a slow disk; the launcher notices a dead rank
 _PATIENCE = datetime.timedelta(hours=6)
 _alone: contextvars.ContextVar[bool] = contextvars.ContextVar("alone", default=False)
 
 
 def world_size() -> int:
-    """W, how many processes work together; 1 where no process group is initialised, and inside :func:`alone`."""
+    """W, the number of processes; 1 without a process group and inside :func:`alone`."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() and not _alone.get() else 1
 
 
@@ -44,13 +43,13 @@ def rank() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is rank 0, which writes files and shows results."""
+    """Whether this is rank 0, the one that writes files and shows results."""
     return rank() == 0
 
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Inside, this process is the only one: what it edits is its own matter, and no other rank waits for it."""
+    """Inside, this process acts as if it were the only one; no other rank waits for it."""
     token = _alone.set(True)
     try:
         yield
@@ -60,10 +59,10 @@ def alone() -> Iterator[None]:
 
 @contextlib.contextmanager
 def processes() -> Iterator[None]:
-    """Inside, the processes that ``torchrun`` or ``accelerate launch`` started are one group.
+    """Inside, the processes that ``torchrun`` or ``accelerate launch`` started form one group.
 
-    Nothing happens in a process that was started alone, or where a group is there already. Each rank takes the GPU of its
-    local rank, if there are any. The group speaks gloo: what it carries is small, and ranks may share a GPU.
+    Does nothing in a process that was started alone, or if a group exists already. Each rank takes the GPU of its local rank, if
+    there is one. The backend is gloo: messages are small, and ranks may share a GPU.
     """
     started = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
     if not started or not dist.is_available() or dist.is_initialized():
@@ -79,20 +78,20 @@ def processes() -> Iterator[None]:
 
 
 def shard(items: Sequence[T]) -> Sequence[T]:
-    """This rank's share: every W-th, beginning with its own number."""
+    """This rank's share: every W-th item, starting at its own number."""
     return items[rank() :: world_size()]
 
 
 def unshard(parts: Sequence[Sequence[T]]) -> list[T]:
-    """The items of all ranks in their first order, from the shares in the order of ranks."""
+    """The inverse of :func:`shard`: all items in their original order, from the shares in rank order."""
     return [parts[i % len(parts)][i // len(parts)] for i in range(sum(len(part) for part in parts))]
 
 
 def gather(make: Callable[[], T]) -> list[T]:
-    """What ``make()`` gives on each rank, in the order of ranks, on every rank.
+    """The results of ``make()`` of all ranks, in rank order, on every rank.
 
     Raises:
-        Exception: that of the lowest rank on which ``make()`` failed, on every rank.
+        Exception: the error of the lowest rank on which ``make()`` failed, raised on every rank.
     """
     if world_size() == 1:
         return [make()]
@@ -102,7 +101,7 @@ def gather(make: Callable[[], T]) -> list[T]:
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """What ``make()`` gives on rank 0, on every rank; it is not called on others, and its error is raised on all."""
+    """Rank 0's result of ``make()``, on every rank; other ranks do not call it, and its error is raised on all."""
     if world_size() == 1:
         return make()
     found: list[Any] = [_outcome(make) if is_main() else None]
@@ -116,7 +115,7 @@ def _outcome(make: Callable[[], Any]) -> tuple[Any, Exception | None]:
     except Exception as error:
         try:
             pickle.loads(pickle.dumps(error))
-        except Exception:  # an error of somebody's own that cannot travel
+        except Exception:  # a user's error that cannot be pickled
             error = RuntimeError(f"{type(error).__name__}: {error}")
         return None, error
 
@@ -132,26 +131,26 @@ def _value(number: int, outcome: tuple[Any, Exception | None]) -> Any:
 
 @dataclass(frozen=True)
 class DataParallel:
-    """One edit that all ranks train at once, each on some of its rows.
+    """One edit trained by all ranks at once, each on some of its rows.
 
         loss = sum over ranks of share * (mean loss of the rank's rows),   gradient likewise
 
-    so that it is the loss of one process on all rows, and every rank takes the same step.
+    which is the loss of one process on all rows; every rank takes the same step.
 
     Args:
-        share: this rank's rows over all rows; 0 where there are fewer rows than ranks, and the rank repeats one.
+        share: this rank's rows over all rows; 0 if there are fewer rows than ranks, and this rank repeats one.
     """
 
     share: float
 
     @classmethod
     def of(cls, rows: Sequence[T]) -> tuple[DataParallel, Sequence[T]]:
-        """This rank's part in training ``rows``, and the rows that it takes."""
+        """This rank's part in training ``rows``, and its rows."""
         own = shard(rows)
         return cls(len(own) / len(rows)), own or rows[:1]
 
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Sums over ranks, the same bits on every rank; shapes, dtypes and devices are kept.
+        """Sums over ranks, bit-equal on every rank; shapes, dtypes and devices are kept.
 
         Raises:
             EditError: another rank has failed.
@@ -167,15 +166,15 @@ class DataParallel:
         return self.sum([self.share * value for value in values])
 
     def use(self, weights: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
-        """``(own weights (..., n, r), used (..., r))`` with which a rank's loss has its part of the gradient of all.
+        """``(own weights (..., n, r), used (..., r))`` for the balance loss, so that the ranks' gradients sum to one process's.
 
-        What the other ranks' positions use counts as used already; a rank that repeats a row uses nothing.
+        The other ranks' use of the bases counts as used already; a rank that repeats a row uses nothing.
         """
         own = weights if self.share else weights * 0
         return own, used + self.total(weights) - own.detach().sum(-2)
 
     def total(self, weights: Tensor) -> Tensor:
-        """Use of the bases ``(..., r)`` by all rows of the edit, from the weights ``(..., n, r)`` of this rank's."""
+        """Use of the bases ``(..., r)`` by all rows of the edit, from this rank's weights ``(..., n, r)``."""
         return self.sum([weights.detach().sum(-2) * float(self.share > 0)])[0]
 
     def all(self, value: bool) -> bool:
@@ -198,7 +197,7 @@ class DataParallel:
         flag = torch.tensor([float(failed)], device=_device())
         dist.all_reduce(flag)
         if flag.item() > 0:
-            raise _Elsewhere("another rank could not go on with an edit that all ranks train; its own error says why")
+            raise _Elsewhere("another rank failed while all ranks trained one edit; its own error says why")
 
 
 class _Elsewhere(EditError):
@@ -206,5 +205,5 @@ class _Elsewhere(EditError):
 
 
 def _device() -> torch.device:
-    """Where tensors must lie to be sent: NCCL alone takes those of a GPU only."""
+    """The device that tensors must be on to be sent: the GPU with NCCL, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

@@ -1,8 +1,8 @@
-"""The edits of one layer as stacked tensors: one batch of maps instead of a loop over edits.
+"""All edits of one layer as stacked tensors: E gates are evaluated in one batch instead of a loop.
 
-What every input is compared with (the weighting's tensors: keys, thresholds) is stacked over edits in rows with room to
-spare, so that adding an edit costs the same whether it is the tenth or the ten-thousandth. Where edits compete, only the
-maps of those that win are looked at, and these stay where they are: ``E`` edits are kept once.
+Every input is compared with each edit's gate tensors (keys, thresholds), so these are stacked over edits in buffers whose
+capacity doubles: adding an edit is amortised O(1). Where edits compete, only the winners' maps are read, and each edit's map
+stays in its own tensors; nothing is stored twice.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from ..gates import WeightingNetwork
 
 MAP_TENSORS = ("rotation", "source_weight", "source_bias")
 _PREFIX = "weighting."
-_CANDIDATES = 32  # edits of one subject that a position is compared with; far more than there are
-_AT_ONCE = 1 << 22  # subject scores that are held at a time
-_SMALLEST = 16  # rows that a stack begins with
+_CANDIDATES = 32  # competing edits that one position is compared with
+_AT_ONCE = 1 << 22  # subject scores computed at a time, which bounds the memory of a long prompt
+_SMALLEST = 16  # first capacity of a buffer
 
 
-class _Question(nn.Module):
-    """A method of a weighting network as a module, for :func:`functional_call`."""
+class _Method(nn.Module):
+    """A method of a weighting network as a module, which :func:`functional_call` needs."""
 
     def __init__(self, network: WeightingNetwork, name: str):
         super().__init__()
@@ -35,82 +35,79 @@ class _Question(nn.Module):
 
 
 def is_shared(network: WeightingNetwork, name: str) -> bool:
-    """Whether the tensor ``name`` of the network's state is common to all edits of a layer."""
+    """Whether all edits of a layer share the tensor ``name`` of the network's state."""
     return name.split(".", 1)[0] in network.shared
 
 
-class Rows:
-    """Tensors of E edits stacked by name: ``name -> (E, ...)``, with room for more.
-
-    The room doubles when it is used up: n rows added one by one are n copies of a row and at most n more for moving house.
-    """
+class GrowingStack:
+    """Tensors of E edits stacked by name, ``name -> (E, ...)``. Appending is amortised O(1): capacity doubles."""
 
     def __init__(self) -> None:
-        self._room: dict[str, Tensor] = {}  # name -> (capacity, ...)
+        self._buffers: dict[str, Tensor] = {}  # name -> (capacity, ...)
         self._count = 0
 
     def __len__(self) -> int:
         return self._count
 
     def extend(self, rows: Sequence[Mapping[str, Tensor]]) -> None:
-        """Add one row for each mapping ``name -> tensor``; all have the same names and shapes."""
+        """Append one row for each mapping ``name -> tensor``; all mappings have the same names and shapes."""
         if not rows:
             return
         begin, end = self._count, self._count + len(rows)
-        with torch.inference_mode(False), torch.no_grad():  # a tensor of inference mode could not be written to later
+        with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be written to later
             for name, like in rows[0].items():
-                room = self._room.get(name)
-                if room is None or len(room) < end:
+                buffer = self._buffers.get(name)
+                if buffer is None or len(buffer) < end:
                     larger = like.new_empty(max(_SMALLEST, end, 2 * begin), *like.shape)
-                    if room is not None:
-                        larger[:begin] = room[:begin]
-                    self._room[name] = room = larger
-                room[begin:end] = rows[0][name] if len(rows) == 1 else torch.stack([row[name] for row in rows])
+                    if buffer is not None:
+                        larger[:begin] = buffer[:begin]
+                    self._buffers[name] = buffer = larger
+                buffer[begin:end] = rows[0][name] if len(rows) == 1 else torch.stack([row[name] for row in rows])
         self._count = end
 
     def remove(self, index: int) -> None:
-        """Take row ``index`` out; those behind it move up, so the order stays."""
+        """Remove row ``index``; later rows move up, so the order is kept."""
         with torch.inference_mode(False), torch.no_grad():
-            for room in self._room.values():
-                room[index : self._count - 1] = room[index + 1 : self._count].clone()
+            for buffer in self._buffers.values():
+                buffer[index : self._count - 1] = buffer[index + 1 : self._count].clone()
         self._count -= 1
 
     def views(self) -> dict[str, Tensor]:
-        """``name -> (E, ...)``; no copies."""
-        return {name: room[: self._count] for name, room in self._room.items()}
+        """Views ``name -> (E, ...)`` of the filled part."""
+        return {name: buffer[: self._count] for name, buffer in self._buffers.items()}
 
 
 class WeightingStack:
-    """One weighting network with the parameters of E edits.
+    """One weighting network with the gate tensors of E edits.
 
     Args:
-        network: the structure, and the shared tensors.
-        state: ``name -> (E, ...)``, everything that is not shared.
+        network: gives the structure and the shared tensors.
+        state: ``name -> (E, ...)``, every tensor that is not shared.
     """
 
     def __init__(self, network: WeightingNetwork, state: Mapping[str, Tensor]):
         self.network = network
-        asked = (
-            _Question(network, name)
+        methods = (
+            _Method(network, name)
             for name in ("priority", "subject_score", "answer_score", "name_scores", "combined_subject_score")
         )
-        self._priority, self._subject_score, self._answer_score, self._name_scores, self._combined = asked
+        self._priority, self._subject_score, self._answer_score, self._name_scores, self._combined = methods
         self._shared = {n: t for n, t in network.state_dict().items() if is_shared(network, n)}
         self.set_state(state)
 
     def set_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take the parameters of other edits: ``name -> (E, ...)``."""
+        """Replace the edits' tensors: ``name -> (E, ...)``."""
         self.state = {**state, **self._shared}
         self._dims = {n: None if n in self._shared else 0 for n in self.state}
 
     def on_all(self, x: Tensor) -> Tensor:
-        """Every edit's weights for the same input: ``(P, d) -> (E, P, r)``."""
+        """Each edit's weights on the same input: ``(P, d) -> (E, P, r)``."""
         return self._vmap(self.network, self.state, "", (x,), (None,))
 
     def on_own(
         self, x: Tensor, state: Mapping[str, Tensor] | None = None, subject_score: Tensor | None = None
     ) -> Tensor:
-        """Edit e's weights for its own input: ``(E, n, d) -> (E, n, r)``, or ``(E, d) -> (E, r)``."""
+        """Edit e's weights on its own input: ``(E, n, d) -> (E, n, r)``, or ``(E, d) -> (E, r)``."""
         inputs = (x,) if subject_score is None else (x, subject_score)
         return self._vmap(self.network, {**self.state, **(state or {})}, "", inputs, (0,) * len(inputs))
 
@@ -128,7 +125,7 @@ class WeightingStack:
         return self._vmap(self._subject_score, self.state, "network.", (x,), (None,))
 
     def subject_and_answer_scores(self, index: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the edits ``index (K,)`` alone: ``(P, d) -> (K, P)`` each, see :meth:`WeightingNetwork.answer_score`."""
+        """Both scores of the edits ``index (K,)``: ``(P, d) -> (K, P)`` each, see :meth:`WeightingNetwork.answer_score`."""
         state = self.picked(index)
         subject_score = self._vmap(self._subject_score, state, "network.", (x,), (None,))
         return subject_score, self._vmap(self._answer_score, state, "network.", (x,), (None,))
@@ -147,7 +144,7 @@ class WeightingStack:
         return self._vmap(self._combined, state, "network.", (best, name_scores), (0, 0))
 
     def picked(self, index: Tensor) -> dict[str, Tensor]:
-        """State of the edits ``index (P,)``: ``name -> (P, ...)``."""
+        """Tensors of the edits ``index (P,)``: ``name -> (P, ...)``."""
         return {n: t if self._dims[n] is None else t[index] for n, t in self.state.items()}
 
     def _vmap(
@@ -161,16 +158,16 @@ class WeightingStack:
         dims = {prefix + n: self._dims[n] for n in state}
         state = {prefix + n: t for n, t in state.items()}
         count = next((t.shape[0] for n, t in state.items() if dims[n] is not None), 1)
-        if count == 1 and all(d is None for d in input_dims):  # nothing to map over: one edit, or no tensors at all
+        if count == 1 and all(d is None for d in input_dims):  # one edit, or no tensors: nothing to map over
             only = {n: t if dims[n] is None else t[0] for n, t in state.items()}
             return functional_call(module, only, inputs).unsqueeze(0)
         return vmap(lambda s, *x: functional_call(module, s, x), in_dims=(dims, *input_dims))(state, *inputs)
 
 
 class EditStack:
-    """All edits of one layer, for inference; edits can be added and taken out.
+    """All edits of one layer at inference; edits can be added and removed.
 
-    Routed networks compete: each position gets the update of its best-matching edit alone. Others are summed.
+    Edits with a routed network compete: each position gets the update of its best-matching edit. Other updates are summed.
 
     Args:
         network: the weighting network's structure with its shared tensors, on the device where the stack is used.
@@ -183,8 +180,8 @@ class EditStack:
         tensors = [*network.parameters(), *network.buffers()]
         self._device = tensors[0].device if tensors else None
         self._maps: list[tuple[Tensor, Tensor, Tensor]] = []  # R (r, d), A (r, d), b (r,) of each edit
-        self._stacked_maps = Rows()  # the same where all of them act: what is summed is computed at once
-        self._keys = Rows()
+        self._stacked_maps = GrowingStack()  # the same, stacked, where updates are summed
+        self._keys = GrowingStack()
         self.weighting = WeightingStack(network, {})
         self.extend(edits)
 
@@ -192,7 +189,7 @@ class EditStack:
         return len(self._maps)
 
     def extend(self, edits: Sequence[Mapping[str, Tensor]]) -> None:
-        """Add edits behind those that are there."""
+        """Append edits."""
         moved = [{n: t if self._device is None else t.to(self._device) for n, t in edit.items()} for edit in edits]
         self._maps += [(edit["rotation"], edit["source_weight"], edit["source_bias"]) for edit in moved]
         if not self.routed:
@@ -201,7 +198,7 @@ class EditStack:
         self.weighting.set_state(self._keys.views())
 
     def remove(self, index: int) -> None:
-        """Take an edit out; the order of the others stays."""
+        """Remove an edit; the others keep their order."""
         del self._maps[index]
         if not self.routed:
             self._stacked_maps.remove(index)
@@ -209,11 +206,11 @@ class EditStack:
         self.weighting.set_state(self._keys.views())
 
     def subject_scores(self, x: Tensor, row: Tensor, column: Tensor, rows: int) -> Tensor:
-        """How surely each prompt names each edit's subject, and does not name its answer behind it: ``(E, B)``.
+        """Each edit's subject score on each prompt, ``(E, B)``: above 0 where its subject is named and no answer follows it.
 
         Args:
             x: ``(P, d)`` representations at the read layer of all prompt tokens.
-            row, column: ``(P,)`` where each token lies.
+            row, column: ``(P,)`` indices of each token.
             rows: B.
         """
         x, best = x.float(), torch.full((len(self), rows), -1.0, device=x.device)
@@ -221,7 +218,7 @@ class EditStack:
         for tokens, own in zip(x.split(piece), row.split(piece), strict=True):
             each = self.weighting.subject_score(tokens)  # (E, p)
             best.scatter_reduce_(1, own.expand_as(each), each, "amax", include_self=True)
-        # edits whose subject may be named: few. An edit without a subject scores 1 everywhere
+        # few edits have their subject named here; an edit without a subject scores 1 everywhere
         named = ((best > 0) & (best < 1)).any(1).nonzero().flatten()  # (K,)
         if not len(named):
             return best
@@ -230,20 +227,20 @@ class EditStack:
         if self.weighting.network.reads_answer:
             subject, answer = self.weighting.subject_and_answer_scores(named, x)  # (K, P) each
             width = int(column.max()) + 1
-            where = torch.full((len(named), rows, width), -2.0, device=x.device)
-            said = where.clone()
-            where[:, row, column], said[:, row, column] = subject, answer
-            behind = torch.arange(width, device=x.device) > where.argmax(-1, keepdim=True)
-            answered = torch.where(behind, said, -2.0).amax(-1)  # (K, B)
+            subjects = torch.full((len(named), rows, width), -2.0, device=x.device)
+            answers = subjects.clone()
+            subjects[:, row, column], answers[:, row, column] = subject, answer
+            follows = torch.arange(width, device=x.device) > subjects.argmax(-1, keepdim=True)
+            answered = torch.where(follows, answers, -2.0).amax(-1)  # (K, B)
             best[named] = torch.minimum(best[named], -answered)
         return best
 
     def update(self, x: Tensor, subject_score: Tensor | None = None) -> Tensor:
-        """What the edits add: ``(P, d) -> (P, d)``, fp32.
+        """The edits' summed or routed update: ``(P, d) -> (P, d)``, fp32.
 
         Args:
             x: representations at the edited positions.
-            subject_score: ``(E, P)`` for a network that reads the subject.
+            subject_score: ``(E, P)``; needed by a network that reads the subject.
         """
         x = x.float()
         if len(self) == 1 and subject_score is None:
@@ -256,18 +253,18 @@ class EditStack:
         return baft_update(x.expand(len(self), *x.shape), rotation, source, bias, weights).sum(0)
 
     def weights(self, x: Tensor, subject_score: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``(w, edit)``: of a routed network the winner's weights ``(P, r)`` and index ``(P,)``; else ``w (E, P, r)``."""
+        """``(w, edit)``: the winner's weights ``(P, r)`` and index ``(P,)`` if the network is routed, else ``w (E, P, r)``."""
         x = x.float()
         if self.routed:
             return self._route(x, subject_score)
         return self.weighting.on_all(x), torch.arange(len(self), device=x.device)
 
     def _single(self, x: Tensor) -> Tensor:
-        """Update of the only edit: the arithmetic of a BasisWeightedMap, bit for bit."""
+        """The update of the only edit, bit for bit that of a :class:`BasisWeightedMap`."""
         return baft_update(x, *self._maps[0], self.weighting.on_all(x)[0])
 
     def _route(self, x: Tensor, subject_score: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Weights ``(P, r)`` of the best-matching edit of each position, and which it is ``(P,)``."""
+        """Weights ``(P, r)`` of each position's best-matching edit, and that edit's index ``(P,)``."""
         if subject_score is not None:
             best, found = self._among_candidates(x, subject_score)
             return self.weighting.on_own(x, self.weighting.picked(best), found), best
@@ -277,7 +274,7 @@ class EditStack:
         return self.weighting.on_own(x, self.weighting.picked(best)), best
 
     def _of_winners(self, x: Tensor, weights: Tensor, best: Tensor) -> Tensor:
-        """The winners' updates ``(P, d)``: 0 where no gate is open, and no map is touched there."""
+        """The winners' updates ``(P, d)``: exactly 0 where no gate is open."""
         won: dict[int, list[int]] = {}  # edit -> its positions
         for position, edit in enumerate(torch.where((weights != 0).any(-1), best, -1).tolist()):
             if edit >= 0:
@@ -289,7 +286,7 @@ class EditStack:
         return update
 
     def _among_candidates(self, x: Tensor, subject_score: Tensor) -> tuple[Tensor, Tensor]:
-        """The best-matching edit of each position, ``(P,)``, and its subject score, among those with the highest."""
+        """Each position's best-matching edit ``(P,)`` and its subject score, among the edits with the highest scores."""
         most = int((subject_score > 0).sum(0).max()) if subject_score.numel() else 0
         k, positions = max(1, min(_CANDIDATES, most)), x.shape[0]
         found, candidates = subject_score.topk(k, dim=0)  # (k, P) each

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from baft_intervention.core.basis_map import BasisWeightedMap
 from baft_intervention.gates import WeightingNetwork
-from baft_intervention.runtime.edit_stack import EditStack, Rows, WeightingStack, is_shared
+from baft_intervention.runtime.edit_stack import EditStack, GrowingStack, WeightingStack, is_shared
 from baft_intervention.training.engine import map_tensors
 
 D, R, E = 20, 3, 5
@@ -159,7 +159,7 @@ def test_a_stack_that_grew_and_shrank_equals_one_built_at_once(weighting: Any) -
 
 
 def test_rows_are_moved_a_few_times_however_many_are_added() -> None:
-    rows, places = Rows(), set()
+    rows, places = GrowingStack(), set()
     for i in range(1000):
         rows.extend([{"key": torch.full((4,), float(i))}])
         places.add(rows.views()["key"].data_ptr())
