@@ -2,15 +2,16 @@
 
     python benchmarks/ablation.py --out benchmarks/results/ablation --n 40
     python benchmarks/ablation.py --out DIR --variants "default;cosine;no competitors"
-    python benchmarks/ablation.py --out DIR --stream --variants "default;orthogonal bases"
+    python benchmarks/ablation.py --out DIR --stream --variants "default;cosine"
 
-With --stream, each variant edits the n ZsRE records one after another in one adapter, and all are asked when the last is in; a
-variant that was stopped begins again. Otherwise:
+Every variant edits the same n records of each part (see benchmarks/sweep.py, which leaves out test records), one at a time. ZsRE
+and CounterFact have no probes about the same subject, so each of their records gets two (``same_subject``): other relations, in
+forms that the edit does not have ("The religion of S is", "S religion"). A variant's records are written one by one, and the
+same command resumes a variant that was stopped. The table shows means over all records that have the metric, with 95 %
+bootstrap intervals.
 
-Every variant edits the same n records of each part (see benchmarks/sweep.py; never a test record), one at a time. To each ZsRE and
-CounterFact record two prompts about the same subject and another relation are added (``same_subject``), in forms that the edit
-has not ("The religion of S is", "S religion"), for these files have none. A variant's records are kept as it goes: the same command
-goes on where it was stopped. The table gives means over all records that have the metric, with 95 % bootstrap intervals.
+With --stream, each variant edits the n ZsRE records one after another in one adapter, and all are asked after the last edit. A
+variant that was stopped starts again.
 """
 
 from __future__ import annotations
@@ -78,8 +79,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "augmented": ("baft", {"augmentations": 4}),
     "linear, augmented": ("baft", {"weighting": "linear", "locality_coefficient": 1.0, "augmentations": 4}),
 }
-# what means something only where an edit is beside others
-STREAMED = {"orthogonal bases": ("baft", {"bases": "orthogonal"})}
 # one setting over its range, the default's own value among them; drawn as plots
 SWEEPS: dict[str, tuple[Any, ...]] = {
     "layers": ((15,), (20,), (24,), (27,), (28,)),
@@ -117,8 +116,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.stream:
-        VARIANTS.update(STREAMED)
     names = (
         [n.strip() for n in args.variants.split(";" if ";" in args.variants else ",")] if args.variants else [*VARIANTS]
     )

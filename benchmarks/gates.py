@@ -2,8 +2,9 @@
 
     python benchmarks/gates.py --data-dir PATH --n 50 [--layer 27] [--json FILE]
 
-Reads training and validation parts only. For each record the gate is started from the request, as before an edit, and asked
-about the record's probes: the share that passes the subject question, and both (as the gate is, and with other margins).
+Reads the training and validation records of benchmarks/sweep.py. For each record the gate starts from the request, as before an
+edit, and answers the record's probes. The table shows the share that passes the subject question, and the share that passes both
+questions (with the gate's own margin, and with other margins).
 """
 
 from __future__ import annotations
@@ -12,25 +13,21 @@ import argparse
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import sweep
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from baft_intervention import BaftConfig, BaftEditor
-from baft_intervention.data import load_requests
+from baft_intervention import BaftConfig, BaftEditor, EditRequest
 from baft_intervention.gates import SubjectRelationWeighting
 from baft_intervention.runtime.representations import read_blocks
 from baft_intervention.training.gate_initialisation import make_jobs
 
-PARTS = {
-    "zsre": "zsre/zsre_mend_eval.json",
-    "counterfact": "counterfact/counterfact-edit.json",
-    "wiki_counterfact": "knowedit/wiki_counterfact/train_cf.json",
-    "wiki_recent": "knowedit/wiki_recent/recent_train.json",
-}
+PARTS = ("zsre", "counterfact", "wiki_counterfact", "wiki_recent")  # of benchmarks/sweep.py
 MARGINS = (-0.45, -0.34, -0.28, -0.2, -0.1, 0.0)
 
 
@@ -46,8 +43,8 @@ def main() -> int:
     config = BaftConfig(weighting="subject_relation", layers=None if args.layer is None else (args.layer,))
     editor = BaftEditor.from_pretrained(args.model, config)
     asked: dict[str, list[dict[str, float]]] = defaultdict(list)
-    for part, file in PARTS.items():
-        for name, answers in probe_part(editor, args.data_dir / file, args).items():
+    for part in PARTS:
+        for name, answers in probe_part(editor, sweep.load_part(args, part)).items():
             asked[f"{part} {name}"] += answers
     rows = {name: shares(answers) for name, answers in sorted(asked.items())}
     columns = list(next(iter(rows.values())))
@@ -61,11 +58,10 @@ def main() -> int:
 
 
 @torch.no_grad()
-def probe_part(editor: BaftEditor, path: Path, args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
-    """``probe group -> [{subject, relation, nearest}]``: the gate's three numbers for every probe of a file's records."""
+def probe_part(editor: BaftEditor, requests: Sequence[EditRequest]) -> dict[str, list[dict[str, float]]]:
+    """``probe group -> [{subject, relation, nearest}]``: the gate's three numbers for every probe of the records."""
     adapter, layer = editor.adapter, editor.adapter.layers[0]
     read_layer = adapter.read_layer or 0
-    requests = load_requests(path, seed=args.seed, limit=args.n).requests
     editor.prepare()
     jobs = make_jobs(
         editor.model,

@@ -1,5 +1,6 @@
 """The matrix, its report, the speed measurement and the sweep, on tiny models; every shipped task and method file."""
 
+import argparse
 import importlib.util
 import json
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from baft_intervention.data import load_requests
+from baft_intervention.data import load_requests, refuse_test_files, split_of
 from baft_intervention.evaluation.methods import make_method
 from evaluation.helpers import FACTS, make_requests
 from tiny import tiny_model, tiny_tokenizer
@@ -187,6 +188,38 @@ def test_sweep_prints_a_row_a_combination(tmp_path, capsys, monkeypatch):
     assert len(rows) == 2
     assert "learning_rate 0.001" in rows[0]
     assert sweep.main(["--method", "lorra", "--data-dir", str(tmp_path), "--parts", "zsre"]) == 2
+
+
+def facts_file(path, subjects):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = [{"prompt": f"{s} works as", "target_new": "Leo", "subject": s} for s in subjects]
+    path.write_text(json.dumps(facts))
+
+
+def test_a_sweep_on_a_test_file_fails(tmp_path, capsys, monkeypatch):
+    sweep = script("sweep")
+    facts_file(tmp_path / "counterfact-edit.json", "ABC")
+    monkeypatch.setattr(sweep, "PARTS", {"counterfact": ("counterfact-edit.json", "own")})
+    monkeypatch.setattr(sweep, "load_model", lambda name: pytest.fail("the model is loaded"))
+    assert sweep.main(["--method", "ft-m", "--parts", "counterfact", "--data-dir", str(tmp_path)]) == 2
+    assert "counterfact-edit.json is test data and must not be used for choosing settings" in capsys.readouterr().err
+
+
+def test_a_sweep_leaves_out_what_the_test_files_share(tmp_path, monkeypatch):
+    sweep = script("sweep")
+    facts_file(tmp_path / "train.json", "ABCD")
+    facts_file(tmp_path / "test.json", ["B", "X", "d"])  # subjects are compared without case
+    monkeypatch.setattr(sweep, "PARTS", {"zsre": ("train.json", "own")})
+    monkeypatch.setattr(sweep, "TESTS", {"zsre": ("test.json", "absent.json")})
+    args = argparse.Namespace(data_dir=tmp_path, n=10, seed=1)
+    assert [r.subject for r in sweep.load_part(args, "zsre")] == ["A", "C"]
+
+
+def test_no_part_of_a_search_is_a_test_file():
+    sweep = script("sweep")
+    refuse_test_files(path for path, _ in sweep.PARTS.values())
+    assert {split_of(path) for paths in sweep.TESTS.values() for path in paths} == {"test"}
+    assert set(sweep.TESTS) == set(sweep.PARTS)
 
 
 @pytest.mark.parametrize("cell", ["zsre.baft-linear.single", "wikibio.baft.single", "convsent.baft.single"])
