@@ -15,7 +15,7 @@ from torch import nn
 from .core.positions import PositionRule
 from .errors import ConfigError, PositionError
 from .gates import make_weighting, weighting_class
-from .models.loading import find_blocks, hidden_size
+from .models.structure import find_blocks, hidden_size
 
 Allocation = Literal["per_edit", "joint"]
 Bases = Literal["free", "orthogonal"]

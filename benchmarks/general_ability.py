@@ -32,7 +32,7 @@ from baft_intervention import BaftConfig, BaftEditor
 from baft_intervention.data import load_requests
 from baft_intervention.errors import BaftError
 from baft_intervention.integrations.lm_eval import make_lm
-from baft_intervention.storage.exchange import library_versions
+from baft_intervention.models.environment import library_versions
 
 HERE = Path(__file__).resolve().parent
 TASK = """\

@@ -41,9 +41,9 @@ from baft_intervention.evaluation.baseline_outputs import BaselineCache, default
 from baft_intervention.evaluation.methods import make_method
 from baft_intervention.evaluation.record_metrics import judge
 from baft_intervention.evaluation.scoring import Scorer
+from baft_intervention.models.environment import library_versions
 from baft_intervention.models.loading import load_model
 from baft_intervention.requests import EditRequest, Probe
-from baft_intervention.storage.exchange import library_versions
 
 FILES = ("counterfact/counterfact.json", "counterfact/counterfact-edit.json")
 UNRELATED = "zsre/zsre_mend_eval.json"

@@ -40,7 +40,8 @@ from torch import nn
 
 import baft_intervention
 from baft_intervention import BaftConfig, BaftEditor, EditRequest
-from baft_intervention.models.loading import find_blocks, hidden_size, load_model, text_config
+from baft_intervention.models.loading import load_model
+from baft_intervention.models.structure import find_blocks, hidden_size, text_config
 from baft_intervention.runtime.onednn_linear import product
 from baft_intervention.runtime.partial_forward import predicting, used_width
 from baft_intervention.training.batch import Batch

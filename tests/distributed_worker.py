@@ -25,7 +25,8 @@ from baft_intervention.evaluation import protocols
 from baft_intervention.evaluation.methods import make_method
 from baft_intervention.evaluation.protocols import Generation, Plan, run_protocol
 from baft_intervention.evaluation.scoring import Scorer
-from baft_intervention.models.loading import find_blocks, model_fingerprint
+from baft_intervention.models.fingerprint import model_fingerprint
+from baft_intervention.models.structure import find_blocks
 from baft_intervention.runtime import distributed
 from baft_intervention.training.engine import ReferenceEngine
 from edits import FACTS, FRANCE, LEO, PROMPTS, TOWER, logits, tiny_editor

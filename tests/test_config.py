@@ -11,7 +11,7 @@ import pytest
 
 from baft_intervention import BaftConfig
 from baft_intervention.errors import ConfigError
-from baft_intervention.models.loading import find_blocks, hidden_size
+from baft_intervention.models.structure import find_blocks, hidden_size
 
 OTHER = BaftConfig(
     rank=3, layers=(4, -1), positions="f1+l2", weighting="mlp", weighting_options={"hidden": 5, "initial_weight": 0.25},

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..editor.editor import BaftEditor
 from ..errors import EditError, RequestError
 from ..gates import WeightingNetwork
-from ..models.loading import compute_device
+from ..models.structure import compute_device
 from ..models.tokenization import encode_prompt
 from ..runtime.adapter import BaftAdapter, Edit
 from ..runtime.edit_stack import MAP_TENSORS

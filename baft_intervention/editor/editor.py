@@ -21,14 +21,17 @@ from ..config import BaftConfig
 from ..errors import AdapterError, ConfigError, EditError, RequestError, StoreError
 from ..gates import weighting_class
 from ..models.chat import render_request
-from ..models.loading import config_hash, context_length, give_pad_token, is_sharded, load_model, model_fingerprint
+from ..models.environment import library_versions
+from ..models.fingerprint import config_hash, model_fingerprint
+from ..models.loading import give_pad_token, load_model
+from ..models.structure import context_length, is_sharded
 from ..requests import EditRequest
 from ..runtime.adapter import BaftAdapter, Edit, edits_state
 from ..runtime.distributed import from_main, gather, is_main, shard, unshard, world_size
 from ..runtime.edit_stack import is_shared
 from ..runtime.generation import generate_texts
 from ..storage.compatibility import check_base, check_settings
-from ..storage.exchange import DESCRIPTION, library_versions, read_directory
+from ..storage.exchange import DESCRIPTION, read_directory
 from ..storage.hub import CARD, fetched_adapter, is_repo_id, model_card, push_folder
 from ..storage.merge import MergeReport, OnConflict, check_same_coordinates, plan_merge
 from ..storage.working_store import MainStore, Store, open_store, write_directory

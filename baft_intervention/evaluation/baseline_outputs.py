@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from ..models.environment import cache_folder
 from .queries import Query, Row
 
 logger = logging.getLogger(__name__)
@@ -156,8 +157,5 @@ class BaselineCache:
 
 
 def default_cache_folder() -> Path:
-    """``$BAFT_CACHE``, else ``baft_intervention/priors`` in the user's cache folder."""
-    if root := os.environ.get("BAFT_CACHE"):
-        return Path(root) / "priors"
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "baft_intervention" / "priors"
+    """Where the command line keeps them: a folder in :func:`~baft_intervention.models.environment.cache_folder`."""
+    return cache_folder() / "priors"

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.loading import compute_device, find_blocks
+from ..models.structure import compute_device, find_blocks
 from ..models.tokenization import pad_rows
 
 logger = logging.getLogger(__name__)

@@ -17,8 +17,10 @@ from typing import Any, Literal
 
 from ..data import load_requests
 from ..data.registry import canonical_task
+from ..environment import library_versions
 from ..errors import ConfigError, EditError
-from ..models.loading import load_model, model_fingerprint
+from ..models.fingerprint import model_fingerprint
+from ..models.loading import load_model
 from ..runtime import distributed
 from ..storage.locking import FolderLock
 from .baseline_outputs import BaselineCache, default_cache_folder
@@ -26,7 +28,7 @@ from .methods import load_method, make_method
 from .protocols import Plan, run_protocol
 from .records import dump_line, write_json
 from .scoring import Scorer
-from .summary import library_versions, machine_facts, make_summary, peak_memory_mib
+from .summary import machine_facts, make_summary, peak_memory_mib
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +109,7 @@ def evaluate(
         del run["batch_size"]
     if plan.protocol != "sequential_final":
         del run["checkpoints"]
-    run["versions"] = library_versions()
+    run["versions"] = library_versions("peft", "pyreft", "pyvene", "numpy", "tokenizers")
     finished = None if fresh else distributed.from_main(lambda: _finished(folder, run))
     if finished is not None:
         logger.info("%s is finished; give --fresh to run it again", folder)

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from ..errors import EditError
-from ..models.loading import compute_device, find_blocks, model_fingerprint
+from ..models.fingerprint import model_fingerprint
+from ..models.structure import compute_device, find_blocks
 from ..models.tokenization import encode_prompt, pad_rows, pad_token_id
 from ..requests import EditRequest
 from .baseline_outputs import BaselineCache, BaselineOutputs, baseline_key, code_version

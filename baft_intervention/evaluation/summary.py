@@ -133,20 +133,3 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor()
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of whatever the numbers depend on, ``absent`` where a library is not installed."""
-    import importlib.metadata as metadata
-
-    found = {"python": platform.python_version()}
-    for name in ("baft_intervention", "torch", "transformers", "peft", "pyreft", "pyvene", "numpy", "tokenizers"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "absent"
-    if found["baft_intervention"] == "absent":
-        from .. import __version__
-
-        found["baft_intervention"] = __version__
-    return found

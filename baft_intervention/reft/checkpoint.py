@@ -15,8 +15,8 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from ..errors import AdapterError
+from ..models.environment import library_versions
 from ..runtime.edit_stack import is_shared
-from ..storage.exchange import library_versions
 from .intervention import BasisWeightedLoReFTIntervention
 
 SCHEMA = 1

@@ -22,7 +22,7 @@ from ..config import BaftConfig
 from ..core.positions import IdSequences, PositionRule, subject_variants
 from ..errors import AdapterError, BaftError
 from ..gates import WeightingNetwork, make_weighting, weighting_class
-from ..models.loading import find_blocks, hidden_size
+from ..models.structure import find_blocks, hidden_size
 from ..requests import EditRequest
 from ..training.allotment import Allotment
 from .call_state import CallTracker, hook_block

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import RequestError
 from ..models.chat import is_conversation, render_chat
-from ..models.loading import compute_device, context_length
+from ..models.structure import compute_device, context_length
 from ..models.tokenization import encode_prompt, pad_rows, pad_token_id
 from .adapter import BaftAdapter
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..models.loading import text_config
+from ..models.structure import text_config
 from .block_stubs import as_output, stubbed_blocks
 from .onednn_linear import product
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.loading import compute_device, find_blocks
+from ..models.structure import compute_device, find_blocks
 from ..models.tokenization import pad_rows, pad_token_id
 from .call_state import hook_block
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..config import BaftConfig
 from ..errors import AdapterError
-from ..models.loading import config_hash, model_fingerprint
+from ..models.fingerprint import config_hash, model_fingerprint
 from ..runtime.adapter import BaftAdapter, check_layout
 
 # settings that only training reads: an adapter made with others answers the same

@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,19 +43,6 @@ _BASE_MODEL: dict[str, type | tuple[type, ...]] = {
 _SUMMARY: dict[str, type | tuple[type, ...]] = {
     "id": str, "requests": list, "loss": (int, float), "steps": int, "reached": bool,
 }  # fmt: skip
-
-
-def library_versions() -> dict[str, str]:
-    """Versions that a result may depend on."""
-    import safetensors
-    import transformers
-
-    from .. import __version__
-
-    return {
-        "baft_intervention": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
-        "safetensors": safetensors.__version__, "python": platform.python_version(),
-    }  # fmt: skip
 
 
 def _seal(description: Mapping[str, Any]) -> str:

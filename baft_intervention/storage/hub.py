@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AdapterError
+from ..models.loading import hub_answers
 from ..requests import EditRequest
 from .exchange import DESCRIPTION, LOG, TENSORS
 
@@ -44,20 +45,19 @@ def fetched_adapter(repo_id: str, *, revision: str | None = None) -> Iterator[Pa
         AdapterError: the repository has an ``adapter.json``, but its tensors cannot be fetched.
     """
     api = _api()
+    # without a network only the cache is asked: each download would retry for half a minute
+    options = {"revision": revision, "local_files_only": not hub_answers(repo_id, DESCRIPTION, revision)}
     try:
-        found = {DESCRIPTION: api.hf_hub_download(repo_id, DESCRIPTION, revision=revision)}
-    except (
-        OSError,
-        ValueError,
-    ):  # the hub's own errors derive from these: no such file, no such repository, no network
+        found = {DESCRIPTION: api.hf_hub_download(repo_id, DESCRIPTION, **options)}
+    except (OSError, ValueError):  # the hub's own errors: no such file, no such repository, not in the cache
         yield None
         return
     try:
-        found[TENSORS] = api.hf_hub_download(repo_id, TENSORS, revision=revision)
+        found[TENSORS] = api.hf_hub_download(repo_id, TENSORS, **options)
     except (OSError, ValueError) as error:
         raise AdapterError(f"{repo_id}: {TENSORS} cannot be fetched: {_first_line(error)}") from error
-    with contextlib.suppress(OSError, ValueError):  # a folder that was uploaded while edits were being added to it
-        found[LOG] = api.hf_hub_download(repo_id, LOG, revision=revision)
+    with contextlib.suppress(OSError, ValueError):  # there only if the folder was uploaded while in use by an editor
+        found[LOG] = api.hf_hub_download(repo_id, LOG, **options)
     with tempfile.TemporaryDirectory(prefix="baft-") as folder:
         for name, source in found.items():
             shutil.copyfile(source, Path(folder) / name)

@@ -23,8 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..models.embedded import cache_folder
-from ..models.loading import compute_device, model_fingerprint
+from ..models.environment import cache_folder
+from ..models.fingerprint import model_fingerprint
+from ..models.structure import compute_device
 from ..models.tokenization import pad_rows, pad_token_id
 from ..runtime.distributed import from_main, is_main
 from ..runtime.representations import read_blocks

@@ -21,7 +21,7 @@ from ..core.basis_map import BasisWeightedMap
 from ..core.losses import balance_loss, locality_loss, output_loss, token_losses
 from ..core.positions import prompt_positions
 from ..errors import EditError
-from ..models.loading import compute_device, find_blocks, spread
+from ..models.structure import compute_device, find_blocks, split_reason
 from ..models.tokenization import IGNORE_INDEX, encode_pair, pad_rows, pad_token_id
 from ..requests import EditRequest
 from ..runtime.call_state import hook_block
@@ -422,7 +422,7 @@ def make_engine(
     from .fast import FastEngine  # they build on this module
     from .joint import JointEngine
 
-    reason = "" if config.engine == "reference" else spread(model)
+    reason = "" if config.engine == "reference" else split_reason(model)
     if reason:
         logger.warning("%s: %s; edits are trained by whole calls of it, not by the fast engine", _name(model), reason)
     whole = reason or config.engine == "reference" or config.output_coefficient

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from ..config import BaftConfig
 from ..core.basis_map import BasisWeightedMap
 from ..errors import BaftError, EditError
-from ..models.loading import find_blocks
+from ..models.structure import find_blocks
 from ..models.tokenization import IGNORE_INDEX, pad_token_id
 from ..runtime.block_stubs import Unsafe, foreign_hooks
 from ..runtime.call_state import hook_block

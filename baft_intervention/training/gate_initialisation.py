@@ -14,7 +14,7 @@ from ..core.positions import PositionRule, prompt_positions
 from ..errors import PositionError
 from ..gates import EditContext, SharedContext, WeightingNetwork
 from ..models.chat import around_question
-from ..models.loading import find_blocks, hidden_size
+from ..models.structure import find_blocks, hidden_size
 from ..models.tokenization import encode_prompt
 from ..requests import EditRequest
 from ..runtime.representations import read_blocks

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from ..core.basis_map import BasisWeightedMap
 from ..core.losses import balance_loss, locality_loss, output_loss
-from ..models.loading import compute_device
+from ..models.structure import compute_device
 from ..models.tokenization import pad_rows, pad_token_id
 from ..runtime.call_state import hook_block
 from ..runtime.partial_forward import Changes, Suffix

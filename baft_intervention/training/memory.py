@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..models.loading import hidden_size, text_config
+from ..models.structure import hidden_size, text_config
 from .engine import Row
 
 _CGROUP = Path("/sys/fs/cgroup")

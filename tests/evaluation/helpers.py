@@ -61,7 +61,7 @@ def slow_query(before: torch.Tensor, after: torch.Tensor, query: Query) -> dict[
 def nudge(model: Any, layer: int = 2, size: float = 0.3) -> Any:
     """Change one matrix of a block, as a weight edit would."""
     from baft_intervention.evaluation.methods.weights import down_projection
-    from baft_intervention.models.loading import find_blocks, hidden_size
+    from baft_intervention.models.structure import find_blocks, hidden_size
 
     weight = down_projection(find_blocks(model)[layer], hidden_size(model))
     with torch.no_grad():

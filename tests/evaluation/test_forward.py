@@ -10,7 +10,7 @@ from baft_intervention.evaluation.forward import (
     end_token_ids,
     resume_at,
 )
-from baft_intervention.models.loading import find_blocks
+from baft_intervention.models.structure import find_blocks
 from baft_intervention.models.tokenization import pad_rows
 from tiny import EOS, tiny_model, tiny_tokenizer
 

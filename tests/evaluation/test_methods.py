@@ -14,7 +14,8 @@ from baft_intervention.evaluation.methods import base as registry
 from baft_intervention.evaluation.methods.weights import down_projection
 from baft_intervention.evaluation.record_metrics import judge
 from baft_intervention.evaluation.scoring import Scorer
-from baft_intervention.models.loading import find_blocks, hidden_size, model_fingerprint
+from baft_intervention.models.fingerprint import model_fingerprint
+from baft_intervention.models.structure import find_blocks, hidden_size
 from baft_intervention.requests import EditRequest
 from edits import BANK
 from evaluation.helpers import make_requests

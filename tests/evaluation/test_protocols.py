@@ -12,7 +12,7 @@ from baft_intervention.evaluation.methods import Method, make_method
 from baft_intervention.evaluation.protocols import Generation, Plan, cases_of, run_protocol, stages_of
 from baft_intervention.evaluation.records import RecordFile, dump_line, read_lines
 from baft_intervention.evaluation.scoring import Scorer
-from baft_intervention.models.loading import model_fingerprint
+from baft_intervention.models.fingerprint import model_fingerprint
 from baft_intervention.requests import EditRequest
 from evaluation.helpers import make_requests
 from tiny import tiny_model, tiny_tokenizer

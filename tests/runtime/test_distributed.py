@@ -21,7 +21,9 @@ import distributed_worker as worker
 from baft_intervention.errors import ModelError
 from baft_intervention.evaluation.protocols import stages_of
 from baft_intervention.evaluation.records import read_lines
-from baft_intervention.models.loading import compute_device, is_sharded, load_model, model_fingerprint, spread
+from baft_intervention.models.fingerprint import model_fingerprint
+from baft_intervention.models.loading import load_model
+from baft_intervention.models.structure import compute_device, is_sharded, split_reason
 from baft_intervention.runtime import distributed
 from baft_intervention.training.engine import ReferenceEngine, make_engine
 from edits import FRANCE, LEO, PROMPTS, config, tiny_editor
@@ -224,7 +226,7 @@ def test_an_offloaded_model_is_edited_as_a_plain_one(tmp_path, caplog, weighting
     changes = {"weighting": weighting, "layers": (1, 2), "engine": "auto"}
     plain = tiny_editor(tiny_model(), tiny_tokenizer(), **{**changes, "engine": "reference"})
     model = offloaded(DISK, tmp_path / "offload", main_device="cpu")
-    assert spread(model) == "parts of it are offloaded"
+    assert split_reason(model) == "parts of it are offloaded"
     assert model_fingerprint(model) == model_fingerprint(plain.model)
     pieces = tiny_editor(model, tiny_tokenizer(), **changes)
     for editor in (plain, pieces):
@@ -242,7 +244,7 @@ def test_an_offloaded_model_is_edited_as_a_plain_one(tmp_path, caplog, weighting
 
 def test_a_model_in_one_piece_keeps_the_fast_engine(caplog):
     model = tiny_model()
-    assert spread(model) == ""
+    assert split_reason(model) == ""
     assert not is_sharded(model)
     assert not isinstance(make_engine(model, tiny_tokenizer(), config(), (2,)), ReferenceEngine)
     assert caplog.text == ""

@@ -125,7 +125,7 @@ def test_a_hub_that_refuses_or_is_not_there(hub: Hub, editor, monkeypatch):
         editor.push_to_hub("me/japan")
     with fetched_adapter("me/unknown") as folder:
         assert folder is None
-    with pytest.raises(ModelError, match="'me/unknown' is no built-in.*no local folder"):
+    with pytest.raises(ModelError, match="'me/unknown' is not a built-in.*not a local folder"):
         BaftEditor.from_pretrained("me/unknown")
     assert hooks(editor.model)  # untouched by all this
 

@@ -17,7 +17,7 @@ from baft_intervention.editor.editor import BaftEditor
 from baft_intervention.errors import EditError
 from baft_intervention.gates import WeightingNetwork, register_weighting
 from baft_intervention.gates.base import _REGISTRY
-from baft_intervention.models.loading import find_blocks
+from baft_intervention.models.structure import find_blocks
 from baft_intervention.requests import EditRequest
 from baft_intervention.runtime.partial_forward import Replay, Through
 from baft_intervention.training import engine as engine_module

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ...errors import ConfigError
-from ...models.loading import find_blocks
+from ...models.structure import find_blocks
 from ...requests import EditRequest
 from ..edited import EditCost, EditedModel
 from ..fit import Fitting, fit, training_batches

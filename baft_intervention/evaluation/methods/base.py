@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from ...errors import BaftError, ConfigError, EditError
-from ...models.loading import find_blocks
+from ...models.structure import find_blocks
 from ...requests import EditRequest
 from ..edited import EditedModel
 

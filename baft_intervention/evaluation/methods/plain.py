@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import ConfigError
-from ...models.loading import find_blocks
+from ...models.structure import find_blocks
 from ...models.tokenization import encode_prompt, joint_text
 from ...requests import EditRequest
 from ..edited import EditCost, EditedModel

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ...errors import ConfigError
-from ...models.loading import find_blocks, hidden_size
+from ...models.structure import find_blocks, hidden_size
 from ...requests import EditRequest
 from ...runtime.call_state import hook_block
 from ..edited import EditCost, EditedModel

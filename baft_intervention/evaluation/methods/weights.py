@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from ...errors import ConfigError
-from ...models.loading import find_blocks, hidden_size
+from ...models.structure import find_blocks, hidden_size
 from ...requests import EditRequest
 from ..edited import EditCost, EditedModel
 from ..fit import Fitting, fit, training_batches
