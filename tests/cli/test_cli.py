@@ -430,7 +430,7 @@ def test_bad_input_is_one_line_and_code_2_and_nothing_is_written(baft, home, pla
     [
         (["generate", "--prompt", "x"], "give --adapter DIR (an edited model) or --model M"),
         (["generate", "--adapter", "nowhere", "--prompt", "x"], "there is no adapter folder nowhere"),
-        (["generate", "--model", "./nowhere", "--prompt", "x"], "is no folder, and cannot be a hub id"),
+        (["generate", "--model", "./nowhere", "--prompt", "x"], "is not a folder and cannot be a hub id"),
         (["generate", "--model", "{home}/model", "--prompt", " "], "a prompt is empty"),
         (["generate", "--model", "{home}/model", "--prompt", "\udc80"], "is not UTF-8 text"),
         (["generate", "--model", "{home}/model", "--prompts", "none.txt"], "none.txt: cannot be read: No such file"),
