@@ -30,9 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from baft_intervention import BaftConfig, BaftEditor
 from baft_intervention.data import load_requests
+from baft_intervention.environment import library_versions
 from baft_intervention.errors import BaftError
 from baft_intervention.integrations.lm_eval import make_lm
-from baft_intervention.models.environment import library_versions
 
 HERE = Path(__file__).resolve().parent
 TASK = """\

@@ -35,13 +35,13 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from baft_intervention.data import load_requests
+from baft_intervention.environment import library_versions
 from baft_intervention.errors import BaftError
 from baft_intervention.evaluation.aggregate import aggregate
 from baft_intervention.evaluation.baseline_outputs import BaselineCache, default_cache_folder
 from baft_intervention.evaluation.methods import make_method
 from baft_intervention.evaluation.record_metrics import judge
 from baft_intervention.evaluation.scoring import Scorer
-from baft_intervention.models.environment import library_versions
 from baft_intervention.models.loading import load_model
 from baft_intervention.requests import EditRequest, Probe
 

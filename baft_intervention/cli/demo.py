@@ -104,7 +104,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     import torch
 
     from ..editor.editor import BaftEditor
-    from ..models.environment import cache_folder
+    from ..environment import cache_folder
 
     clock = _Clock()
     out.note(f"baft: preparing {args.model} (the first run converts it and makes its bank of unrelated text, once)")

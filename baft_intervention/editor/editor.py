@@ -18,10 +18,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..config import BaftConfig
+from ..environment import library_versions
 from ..errors import AdapterError, ConfigError, EditError, RequestError, StoreError
 from ..gates import weighting_class
 from ..models.chat import render_request
-from ..models.environment import library_versions
 from ..models.fingerprint import config_hash, model_fingerprint
 from ..models.loading import give_pad_token, load_model
 from ..models.structure import context_length, is_sharded

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ..models.environment import cache_folder
+from ..environment import cache_folder
 from .queries import Query, Row
 
 logger = logging.getLogger(__name__)
@@ -157,5 +157,5 @@ class BaselineCache:
 
 
 def default_cache_folder() -> Path:
-    """Where the command line keeps them: a folder in :func:`~baft_intervention.models.environment.cache_folder`."""
+    """Where the command line keeps them: a folder in :func:`~baft_intervention.environment.cache_folder`."""
     return cache_folder() / "priors"

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..environment import cache_folder
 from ..errors import ModelError
-from .environment import cache_folder
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from ..environment import library_versions
 from ..errors import AdapterError
-from ..models.environment import library_versions
 from ..runtime.edit_stack import is_shared
 from .intervention import BasisWeightedLoReFTIntervention
 

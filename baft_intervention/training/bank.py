@@ -22,8 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..environment import cache_folder
 from ..errors import ConfigError
-from ..models.environment import cache_folder
 from ..models.fingerprint import model_fingerprint
 from ..models.structure import compute_device
 from ..models.tokenization import pad_rows, pad_token_id

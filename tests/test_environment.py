@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import baft_intervention
+from baft_intervention.environment import cache_folder, library_versions
 from baft_intervention.evaluation.baseline_outputs import default_cache_folder
-from baft_intervention.models.environment import cache_folder, library_versions
 
 
 def test_the_cache_folder_honours_both_variables(monkeypatch: pytest.MonkeyPatch) -> None:

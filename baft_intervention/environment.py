@@ -23,7 +23,7 @@ def library_versions(*more: str) -> dict[str, str]:
 
     A package that is not installed is ``"absent"``.
     """
-    from .. import __version__
+    from . import __version__
 
     found = {"baft_intervention": __version__, "python": platform.python_version()}
     for name in ("torch", "transformers", "safetensors", *more):
