@@ -234,7 +234,7 @@ def _acts_and_match(
             acts[e].append(position)
     if each is None:
         return acts, stack.weighting.priority(at).cpu()
-    return acts, stack.weighting.priority_own(at.expand(len(acts), *at.shape), each, {}).cpu()
+    return acts, stack.weighting.priority_of(torch.arange(len(acts), device=at.device), at, each).cpu()
 
 
 def _view(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,6 +64,15 @@ class Edit:
         }  # fmt: skip
 
 
+class _Switch(threading.local):
+    """Whether the edits act, for each thread."""
+
+    on = True
+
+    def __reduce__(self) -> tuple[type[_Switch], tuple[()]]:  # a deep copy starts anew
+        return _Switch, ()
+
+
 class BaftAdapter:
     """The edits of one model, attached to it or not.
 
@@ -94,7 +104,7 @@ class BaftAdapter:
         self.shared: dict[int, dict[str, Tensor]] = {layer: {} for layer in self.layers}
         self._tracker = CallTracker(model)
         self._handles: list[Any] = []
-        self._enabled = True
+        self._switch = _Switch()
         self._stacks: dict[tuple[int, torch.device], EditStack] = {}
         self._used: dict[int, Tensor] | None = None  # the sums of used(), once they are asked for
         self._allotments: dict[int, Allotment] = {}  # layer -> loads of its directions, once they are asked for
@@ -281,12 +291,12 @@ class BaftAdapter:
 
     @contextlib.contextmanager
     def enabled(self, value: bool = True) -> Iterator[None]:
-        """Inside, the edits act (True) or do not (False)."""
-        before, self._enabled = self._enabled, value
+        """Inside, the edits act (True) or do not (False) in this thread; other threads are not affected."""
+        before, self._switch.on = self._switch.on, value
         try:
             yield
         finally:
-            self._enabled = before
+            self._switch.on = before
 
     def prompts(self, lengths: Sequence[int]) -> contextlib.AbstractContextManager[None]:
         """Inside, row i of a batch begins with a prompt of ``lengths[i]`` tokens; what follows is its answer.
@@ -299,7 +309,7 @@ class BaftAdapter:
 
     def _read(self, hidden: Tensor) -> None:
         """Keep, for each edit and row, how surely the prompt names the edit's subject: its best token's subject score."""
-        if not self._enabled or not self._edits:
+        if not self._switch.on or not self._edits:
             return
         call = self._tracker.current()
         found = call.positions(_PROMPT, None, hidden.shape[0], hidden.shape[1])
@@ -313,7 +323,7 @@ class BaftAdapter:
                 call.subject_score[layer] = stack.subject_scores(x, row, column, hidden.shape[0])
 
     def _change(self, layer: int, hidden: Tensor) -> Tensor | None:
-        if not self._enabled or not self._edits:
+        if not self._switch.on or not self._edits:
             return None
         call, rows = self._tracker.current(), (hidden.shape[0], hidden.shape[1])
         found = call.positions(self.config.rule, self.subjects(), *rows)

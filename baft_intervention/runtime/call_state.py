@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -85,8 +86,19 @@ def _expand(lengths: Sequence[int], rows: int) -> Tensor:
     return torch.tensor(list(lengths)).repeat_interleave(rows // len(lengths))
 
 
+class _ThreadState(threading.local):
+    """What one thread has under way: its running calls, innermost last, and the prompt lengths that it announced."""
+
+    def __init__(self) -> None:
+        self.calls: list[_Call] = []
+        self.lengths: Sequence[int] | None = None
+
+    def __reduce__(self) -> tuple[type[_ThreadState], tuple[()]]:  # a deep copy starts anew
+        return _ThreadState, ()
+
+
 class CallTracker:
-    """Keeps the arguments of the model's running call.
+    """Keeps the arguments of the model's running call, for each thread its own.
 
     Args:
         model: the outermost model, the one that users call (``…ForCausalLM``).
@@ -95,8 +107,7 @@ class CallTracker:
     def __init__(self, model: nn.Module):
         self._model = model
         self._handles: list[Any] = []
-        self._call: _Call | None = None
-        self._lengths: Sequence[int] | None = None
+        self._state = _ThreadState()
 
     def attach(self) -> None:
         if not self._handles:
@@ -108,7 +119,7 @@ class CallTracker:
     def detach(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._call = [], None
+        self._handles = []
 
     @contextlib.contextmanager
     def prompts(self, lengths: Sequence[int]) -> Iterator[None]:
@@ -116,24 +127,28 @@ class CallTracker:
 
         Without it, all tokens of a call that finds no cached tokens count as prompt.
         """
-        before, self._lengths = self._lengths, tuple(int(n) for n in lengths)
+        state = self._state
+        before, state.lengths = state.lengths, tuple(int(n) for n in lengths)
         try:
             yield
         finally:
-            self._lengths = before
+            state.lengths = before
 
     def current(self) -> _Call:
         """The running call; an unknown one (no padding, no cache) if the model's own ``forward`` was bypassed."""
-        return self._call or _Call(None, None, 0, self._lengths)
+        calls = self._state.calls
+        return calls[-1] if calls else _Call(None, None, 0, self._state.lengths)
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if args:  # models differ in the order of their arguments
             kwargs = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         ids, past = kwargs.get("input_ids"), _past_length(kwargs)
-        self._call = _Call(ids, _padding_mask(kwargs.get("attention_mask"), past), past, self._lengths)
+        mask = _padding_mask(kwargs.get("attention_mask"), past)
+        self._state.calls.append(_Call(ids, mask, past, self._state.lengths))
 
     def _leave(self, *_: Any) -> None:
-        self._call = None
+        if self._state.calls:  # hooks that were put on inside a running call see its end, not its beginning
+            self._state.calls.pop()
 
 
 def _padding_mask(mask: Any, past: int) -> Tensor | None:

@@ -7,6 +7,7 @@ stays in its own tensors; nothing is stored twice.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -18,8 +19,7 @@ from ..gates import WeightingNetwork
 
 MAP_TENSORS = ("rotation", "source_weight", "source_bias")
 _PREFIX = "weighting."
-_CANDIDATES = 32  # competing edits that one position is compared with
-_AT_ONCE = 1 << 22  # subject scores computed at a time, which bounds the memory of a long prompt
+_AT_ONCE = 1 << 22  # numbers computed at a time, which bounds the memory that long prompts and many edits take
 _SMALLEST = 16  # first capacity of a buffer
 
 
@@ -32,6 +32,22 @@ class _Method(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return getattr(self.network, self.name)(*inputs)
+
+
+class _Lock:
+    """A lock that a deep copy of its owner replaces by a new one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[_Lock], tuple[()]]:
+        return _Lock, ()
 
 
 def is_shared(network: WeightingNetwork, name: str) -> bool:
@@ -87,6 +103,7 @@ class WeightingStack:
 
     def __init__(self, network: WeightingNetwork, state: Mapping[str, Tensor]):
         self.network = network
+        self._lock = _Lock()  # functional_call swaps the module's tensors while it runs
         methods = (
             _Method(network, name)
             for name in ("priority", "subject_score", "answer_score", "name_scores", "combined_subject_score")
@@ -111,10 +128,9 @@ class WeightingStack:
         inputs = (x,) if subject_score is None else (x, subject_score)
         return self._vmap(self.network, {**self.state, **(state or {})}, "", inputs, (0,) * len(inputs))
 
-    def priority_own(self, x: Tensor, subject_score: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-        """``(E, d), (E,) -> (E,)``, see :meth:`WeightingNetwork.priority`."""
-        inputs = (x, subject_score)
-        return self._vmap(self._priority, {**self.state, **state}, "network.", inputs, (0,) * len(inputs))
+    def priority_of(self, index: Tensor, x: Tensor, subject_score: Tensor) -> Tensor:
+        """Of the edits ``index (K,)`` on the same input: ``(P, d), (K, P) -> (K, P)``, see :meth:`WeightingNetwork.priority`."""
+        return self._vmap(self._priority, self.picked(index), "network.", (x, subject_score), (None, 0))
 
     def priority(self, x: Tensor) -> Tensor:
         """``(P, d) -> (E, P)``, see :meth:`WeightingNetwork.priority`."""
@@ -157,6 +173,17 @@ class WeightingStack:
     ) -> Tensor:
         dims = {prefix + n: self._dims[n] for n in state}
         state = {prefix + n: t for n, t in state.items()}
+        with self._lock:
+            return self._mapped(module, state, dims, inputs, input_dims)
+
+    @staticmethod
+    def _mapped(
+        module: nn.Module,
+        state: Mapping[str, Tensor],
+        dims: Mapping[str, int | None],
+        inputs: tuple[Tensor, ...],
+        input_dims: tuple[int | None, ...],
+    ) -> Tensor:
         count = next((t.shape[0] for n, t in state.items() if dims[n] is not None), 1)
         if count == 1 and all(d is None for d in input_dims):  # one edit, or no tensors: nothing to map over
             only = {n: t if dims[n] is None else t[0] for n, t in state.items()}
@@ -266,7 +293,7 @@ class EditStack:
     def _route(self, x: Tensor, subject_score: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weights ``(P, r)`` of each position's best-matching edit, and that edit's index ``(P,)``."""
         if subject_score is not None:
-            best, found = self._among_candidates(x, subject_score)
+            best, found = self._best_open(x, subject_score)
             return self.weighting.on_own(x, self.weighting.picked(best), found), best
         if len(self) == 1:  # nothing to choose
             return self.weighting.on_all(x)[0], torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
@@ -285,12 +312,15 @@ class EditStack:
             update = update.index_copy(0, rows, baft_update(x[rows], *self._maps[edit], weights[rows]))
         return update
 
-    def _among_candidates(self, x: Tensor, subject_score: Tensor) -> tuple[Tensor, Tensor]:
-        """Each position's best-matching edit ``(P,)`` and its subject score, among the edits with the highest scores."""
-        most = int((subject_score > 0).sum(0).max()) if subject_score.numel() else 0
-        k, positions = max(1, min(_CANDIDATES, most)), x.shape[0]
-        found, candidates = subject_score.topk(k, dim=0)  # (k, P) each
-        flat = candidates.flatten()
-        fits = self.weighting.priority_own(x.repeat(k, 1), found.flatten(), self.weighting.picked(flat))
-        winner = fits.view(k, positions).argmax(0, keepdim=True)  # (1, P)
-        return candidates.gather(0, winner)[0], found.gather(0, winner)[0]
+    def _best_open(self, x: Tensor, subject_score: Tensor) -> tuple[Tensor, Tensor]:
+        """Each position's best-matching edit ``(P,)`` and that edit's subject score, among all edits whose score is above 0."""
+        best = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
+        highest = torch.full((x.shape[0],), -torch.inf, device=x.device)
+        candidates = (subject_score > 0).any(1).nonzero().flatten()  # (K,)
+        for chunk in candidates.split(max(1, _AT_ONCE // x.numel())) if len(candidates) else ():
+            scores = subject_score[chunk]  # (k, P)
+            priority = self.weighting.priority_of(chunk, x, scores).masked_fill(scores <= 0, -torch.inf)
+            top, index = priority.max(0)
+            best = torch.where(top > highest, chunk[index], best)
+            highest = torch.maximum(highest, top)
+        return best, subject_score.gather(0, best.unsqueeze(0))[0]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -230,3 +233,53 @@ def test_subject_scores_are_the_same_in_pieces(tiny_llama, tokenizer, monkeypatc
     monkeypatch.setattr("baft_intervention.runtime.edit_stack._AT_ONCE", 6)  # two tokens of three edits
     for prompt, before in zip(PROMPTS, whole, strict=True):
         torch.testing.assert_close(logits(tiny_llama, tokenizer, prompt), before, atol=1e-5, rtol=1e-5)
+
+
+def test_threads_on_one_model_get_what_each_gets_alone(tiny_llama, tokenizer):
+    editor = tiny_editor(tiny_llama, tokenizer)
+    editor.edit(FACTS)
+    alone = {prompt: logits(tiny_llama, tokenizer, prompt) for prompt in PROMPTS}
+    with editor.enabled(False):
+        unedited = {prompt: logits(tiny_llama, tokenizer, prompt) for prompt in PROMPTS}
+    assert any(not torch.equal(alone[prompt], unedited[prompt]) for prompt in PROMPTS)
+
+    def work(number: int) -> float:
+        worst = 0.0
+        for i in range(200):
+            prompt = PROMPTS[(i + number) % len(PROMPTS)]
+            if number % 2:  # half of the threads switch the edits off for themselves
+                found, expected = logits(tiny_llama, tokenizer, prompt), alone[prompt]
+            else:
+                with editor.enabled(False):
+                    found, expected = logits(tiny_llama, tokenizer, prompt), unedited[prompt]
+            worst = max(worst, float((found - expected).abs().max()))
+        return worst
+
+    with ThreadPoolExecutor(4) as pool:
+        assert max(pool.map(work, range(4))) < 1e-4
+
+
+def test_a_call_inside_a_call_gets_its_own_prompt(tiny_llama, tokenizer):
+    editor = tiny_editor(tiny_llama, tokenizer)
+    editor.edit(FACTS)
+    expected = [logits(tiny_llama, tokenizer, prompt) for prompt in (FRANCE.prompt, LEO.prompt)]
+    inner: list[torch.Tensor] = []
+
+    def ask(*_: object) -> None:  # a user's hook that calls the model itself
+        if not inner:
+            inner.append(torch.empty(0))
+            inner[0] = logits(tiny_llama, tokenizer, LEO.prompt)
+
+    handle = tiny_llama.model.layers[0].register_forward_hook(ask)
+    outer = logits(tiny_llama, tokenizer, FRANCE.prompt)
+    handle.remove()
+    torch.testing.assert_close(outer, expected[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(inner[0], expected[1], atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_with_edits_can_be_copied(tiny_llama, tokenizer):
+    editor = tiny_editor(tiny_llama, tokenizer)
+    editor.edit(FACTS)
+    assert next_word(copy.deepcopy(tiny_llama), tokenizer, FRANCE.prompt) == next_word(
+        tiny_llama, tokenizer, FRANCE.prompt
+    )

@@ -117,7 +117,7 @@ def test_a_failing_call_leaves_no_call_behind(tiny_llama):
     with pytest.raises(RuntimeError, match="from a user"):
         tracked.call(*LEFT)
     handle.remove()
-    assert tracked.tracker._call is None
+    assert tracked.tracker._state.calls == []
     assert tracked.call([[5, 6]]) == [(0, 1)]
 
 

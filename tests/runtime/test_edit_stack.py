@@ -214,3 +214,26 @@ def test_the_subject_scores_is_that_of_each_prompt(words: int) -> None:
     if words != 1:  # of two words the other one's direction decides
         assert (found[2, 0] > 0) == (words == 0)  # a name of several words is not there with its last
     assert (found[0] == 1).all()  # an edit without a subject asks for none
+
+
+@pytest.mark.parametrize("count", [33, 100, 1000])
+def test_every_edit_whose_subject_score_is_positive_is_a_candidate(count: int) -> None:
+    modules = named(count + 1, 0)
+    keys = torch.nn.functional.normalize(torch.randn(count + 1, D + 60), dim=-1)
+    for module, key in zip(modules, keys, strict=True):
+        module.weighting.key.copy_(key)
+        module.weighting.has_subject.fill_(0.0)
+    modules[7].weighting.has_subject.fill_(1.0)  # type: ignore[operator]
+    stack, x = stack_of(modules), torch.randn(3, D)
+    scores = torch.ones(count + 1, 3)
+    scores[7] = torch.tensor([0.01, 0.01, -1.0])  # below all others: a fixed number of candidates would leave it out
+    network = stack.weighting
+    alone = [network.priority_of(torch.tensor([e]), x, scores[e : e + 1])[0] for e in range(count + 1)]
+    every = torch.stack(alone).masked_fill(scores <= 0, -torch.inf)  # (E, P)
+    best, found = stack._best_open(x, scores)
+    assert best.tolist() == every.argmax(0).tolist()
+    assert torch.equal(found, scores.gather(0, best[None])[0])
+    modules[7].weighting.key.copy_(network.network._direction(x[0]) * 2)  # type: ignore[operator]
+    best, _ = stack_of(modules)._best_open(x, scores)
+    assert best[0] == 7
+    assert best[2] != 7
