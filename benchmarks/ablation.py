@@ -34,7 +34,6 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from baft_intervention.config import BaftConfig
 from baft_intervention.data.unrelated import read_pool
 from baft_intervention.errors import BaftError
 from baft_intervention.evaluation.aggregate import aggregate
@@ -45,8 +44,10 @@ from baft_intervention.evaluation.record_metrics import judge
 from baft_intervention.evaluation.scoring import Scorer
 from baft_intervention.models.loading import load_model
 from baft_intervention.requests import EditRequest, Probe
+from baft_intervention.training.bank import shipped_texts
 
 NETWORK = "weighting_options"
+SMALL_BANK = "small bank"  # a quarter of the texts
 QUESTIONS = "bank of Natural Questions"  # of the kind that unrelated locality is measured with
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "default": ("baft", {}),
@@ -74,7 +75,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "end of sequence": ("baft", {"append_eos": True}),
     "identity start": ("baft", {"init": "identity"}),
     "constant rate": ("baft", {"schedule": "constant"}),
-    "small bank": ("baft", {"bank_size": 64}),
+    SMALL_BANK: ("baft", {}),
     QUESTIONS: ("baft", {}),
     "augmented": ("baft", {"augmentations": 4}),
     "linear, augmented": ("baft", {"weighting": "linear", "locality_coefficient": 1.0, "augmentations": 4}),
@@ -168,6 +169,8 @@ def run_variant(
     settings = {"config": config} if method == "baft" else config
     if name == QUESTIONS:
         settings["bank"] = questions(args, [request for _, request in work])
+    if name == SMALL_BANK:
+        settings["bank"] = list(shipped_texts()[::4])
     edited = make_method(method, settings).attach(scorer.model, scorer.tokenizer)
     try:
         with path.open("a", encoding="utf-8") as file:
@@ -186,7 +189,7 @@ def questions(args: argparse.Namespace, asked: Sequence[EditRequest]) -> list[st
     """256 Natural-Questions prompts that no record is asked."""
     known = {p.prompt for r in asked for p in r.probes}
     found = (p.prompt for p in read_pool(args.data_dir / sweep.UNRELATED) if p.prompt not in known)
-    return list(itertools.islice(found, BaftConfig().bank_size))
+    return list(itertools.islice(found, len(shipped_texts())))
 
 
 def run_stream(name: str, scorer: Scorer, parts: Mapping[str, Sequence[EditRequest]], args: argparse.Namespace) -> None:

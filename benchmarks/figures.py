@@ -38,7 +38,7 @@ from baft_intervention.analysis.plots import (
     draw_weights_by_position,
     save,
 )
-from baft_intervention.training.bank import write_texts
+from baft_intervention.training.bank import shipped_texts
 
 ROOT = Path(__file__).resolve().parent.parent
 LOREFT = BaftConfig(weighting="constant", ending="")
@@ -51,7 +51,8 @@ OPENINGS = (
     "Please finish the sentence.",
     "It was late in the evening.",
 )
-TEXTS, TEXTS_SEED = 96, 1  # unrelated texts; the bank's own seed is 0
+TEXTS = shipped_texts()[::3]  # unrelated texts that are read
+BANK = tuple(text for i, text in enumerate(shipped_texts()) if i % 3)  # the others are the gates' bank
 ZSRE = Path("zsre", "zsre_mend_eval.json")
 
 
@@ -62,16 +63,9 @@ class Run:
         self.args = args
         self.model, self.tokenizer = load_model(args.model)
         self.facts = list(load_facts())
-        self._texts: list[str] | None = None
-
-    def texts(self) -> list[str]:
-        """Unrelated texts that the model writes, other ones than those of its bank."""
-        if self._texts is None:
-            self._texts = write_texts(self.model, self.tokenizer, TEXTS, seed=TEXTS_SEED)
-        return self._texts
 
     def editor(self, config: BaftConfig) -> BaftEditor:
-        return BaftEditor(self.model, self.tokenizer, config, model_name=self.args.model)
+        return BaftEditor(self.model, self.tokenizer, config, model_name=self.args.model, bank_texts=BANK)
 
     def edited(self, config: BaftConfig, facts: Sequence[EditRequest]) -> BaftEditor:
         """An editor that holds each fact's edit as if trained alone; its hooks are off the model."""
@@ -107,7 +101,7 @@ def figure_weights_by_position(run: Run) -> tuple[Any, Any]:
         "paraphrase": probes("rephrase"),
         "other subject": probes("neighborhood"),
         "same subject, other relation": probes("same_subject"),
-        "unrelated text": [(fact.id, text) for fact in run.facts for text in run.texts()[:16]],
+        "unrelated text": [(fact.id, text) for fact in run.facts for text in TEXTS[:16]],
     }
     found = {}
     for name, config in (("linear gate", LINEAR), ("default gate", BAFT)):
@@ -135,7 +129,7 @@ def figure_tension(run: Run) -> tuple[Any, Any]:
     found = {}
     for name, config in (("LoReFT", LOREFT), ("BaFT", BAFT)):
         editor = run.edited(config, run.facts)
-        unrelated = read_texts(editor, run.texts(), prefixes=True)
+        unrelated = read_texts(editor, TEXTS, prefixes=True)
         found[name] = [tension(editor, fact.id, paraphrases(fact), unrelated) for fact in run.facts]
     return found, draw_tension(found, {fact.id: f"{fact.prompt} …" for fact in run.facts})
 

@@ -157,7 +157,7 @@ def make_rows(case: Case, vocabulary: int) -> list[Row]:
 
 def make_config(case: Case, steps: int) -> BaftConfig:
     return BaftConfig(
-        rank=RANK, layers=case.layers, positions=case.positions, weighting="constant", bank_size=0, steps=steps,
+        rank=RANK, layers=case.layers, positions=case.positions, weighting="constant", steps=steps,
         loss_target=0.0, learning_rate=LEARNING_RATE,
     )  # fmt: skip
 
@@ -387,7 +387,7 @@ def throughput(
 def whole_edits(model: Any, tokenizer: Any, args: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     """From a request to an adapter, ours as it comes and as LoReFT, against pyreft's loop to the same loss."""
     ours = BaftConfig(learning_rate=LEARNING_RATE, ending="")
-    plain = BaftConfig(learning_rate=LEARNING_RATE, ending="", weighting="constant", bank_size=0)
+    plain = BaftConfig(learning_rate=LEARNING_RATE, ending="", weighting="constant")
     layer = ours.resolved_layers(len(find_blocks(model)))[0]
     case = Case((layer,), "one layer", "last", 1)
     editors = {name: BaftEditor(model, tokenizer, config) for name, config in (("fast", ours), ("fast_loreft", plain))}

@@ -16,10 +16,10 @@ from baft_intervention.models.structure import find_blocks, hidden_size
 OTHER = BaftConfig(
     rank=3, layers=(4, -1), positions="f1+l2", weighting="mlp", weighting_options={"hidden": 5, "initial_weight": 0.25},
     allocation="joint", order="breadth", mini_batch=4, epochs=3,
-    bases="orthogonal", init="identity", schedule="constant", learning_rate=3e-3, weight_decay=0.1, steps=7,
+    init="identity", schedule="constant", learning_rate=3e-3, weight_decay=0.1, steps=7,
     loss_target=0.5, ending="!", append_eos=True, ending_coefficient=0.6, augmentations=2,
     locality_coefficient=0.5, output_coefficient=0.75, balance_coefficient=0.25,
-    bank_size=9, max_grad_norm=2.0, seed=11, engine="reference",
+    max_grad_norm=2.0, seed=11, engine="reference",
 )  # fmt: skip
 
 
@@ -81,10 +81,6 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ),
         ({"epochs": 2}, "epochs is 2, but there are no mini-batches to pass over; give mini_batch too"),
         ({"order": "breadth", "weighting": "linear"}, "order is 'breadth', but the edits of weighting 'linear' add up"),
-        (
-            {"order": "breadth", "bases": "orthogonal"},
-            "order is 'breadth', but the edits of bases 'orthogonal' take turns",
-        ),
         ({"allocation": "each"}, "allocation is 'each'; it must be one of per_edit, joint"),
         ({"init": "zero"}, "init is 'zero'; it must be one of identity, random"),
         ({"engine": "fast"}, "engine is 'fast'"),
@@ -98,8 +94,6 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ({"weighting": "gate"}, "weighting is 'gate'; known networks"),
         ({"weighting": "linear", "weighting_options": {"hidden": 3}}, "do not fit the weighting 'linear'"),
         ({"weighting_options": 3}, "weighting_options is 3; it must be a mapping"),
-        ({"weighting": "cosine", "bank_size": 0}, "bank_size is 0, but weighting 'cosine' needs"),
-        ({"weighting": "linear", "locality_coefficient": 1, "bank_size": 0}, "but locality_coefficient > 0 needs"),
         ({"weighting": "cosine", "allocation": "joint"}, "allocation is 'joint', but the edits of weighting 'cosine'"),
     ],
 )
@@ -164,6 +158,24 @@ def test_layers_are_resolved(layers: tuple[int, ...] | None, count: int, expecte
 def test_a_block_that_the_model_has_not_is_named(layers: tuple[int, ...], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         BaftConfig(layers=layers).resolved_layers(30)
+
+
+def test_every_field_has_a_check_and_says_whether_it_is_part_of_an_adapters_identity() -> None:
+    for field in dataclasses.fields(BaftConfig):
+        assert set(field.metadata) == {"check", "identity"}, field.name
+    assert BaftConfig.identity_fields() == ("rank", "layers", "positions", "weighting", "weighting_options")
+
+
+def test_fields_of_earlier_versions_are_ignored(caplog: pytest.LogCaptureFixture) -> None:
+    """What ``adapter.json`` holds as ``config`` in adapters of version 0.1.0."""
+    old = {**BaftConfig(rank=3).to_dict(), "bases": "free", "bank_size": 256}
+    assert BaftConfig.from_dict(old) == BaftConfig(rank=3)
+    assert not caplog.records
+    other = {**old, "bases": "orthogonal", "bank_size": 0}
+    assert BaftConfig.from_dict(other, where="here: ") == BaftConfig(rank=3)
+    assert "here: setting 'bases' is no longer there; its value 'orthogonal' is ignored" in caplog.text
+    with pytest.raises(TypeError, match="bases"):
+        BaftConfig(bases="free")  # pyright: ignore[reportCallIssue]
 
 
 def test_what_follows_from_the_settings() -> None:

@@ -24,7 +24,7 @@ def edit_a_tiny_model() -> None:
     """Edit, generate, save, load into a second editor, undo; the base model is byte for byte as before."""
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    config = baft.BaftConfig(rank=4, layers=(1,), bank_size=64)
+    config = baft.BaftConfig(rank=4, layers=(1,))
     editor = baft.BaftEditor(model, tokenizer, config)
     request = baft.EditRequest(prompt="The capital of Japan is", target_new="city", subject="Japan")
     unedited = editor.generate(request.prompt, max_new_tokens=4)

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from ..editor.editor import BaftEditor, EditReport
     from ..requests import EditRequest
 
-# command-line options that are fields of BaftConfig; the first four decide what an adapter's tensors are
-_STRUCTURE = ("rank", "layers", "positions", "weighting")
-_SETTINGS = (*_STRUCTURE, "steps", "learning_rate", "seed")
 _ANSWER_TOKENS = 12  # of the answers that are shown before and after
 
 
@@ -197,7 +194,8 @@ def _settings(args: argparse.Namespace) -> BaftConfig:
     from ..config import BaftConfig
     from ..storage.exchange import read_directory
 
-    given = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
+    names = (field.name for field in dataclasses.fields(BaftConfig))
+    given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
     if args.adapter is None:
         base = BaftConfig.from_file(args.config) if args.config else BaftConfig()
         return dataclasses.replace(base, **given)
@@ -205,7 +203,7 @@ def _settings(args: argparse.Namespace) -> BaftConfig:
         raise ConfigError(f"{args.adapter} has its own settings; leave --config out, or start a new adapter with --out")
     base = BaftConfig.from_dict(read_directory(args.adapter)[1]["config"], where=f"{args.adapter}: ")
     changed = dataclasses.replace(base, **given)
-    for name in _STRUCTURE:
+    for name in BaftConfig.identity_fields():
         if getattr(base, name) != getattr(changed, name):
             raise ConfigError(
                 f"--{name} does not fit {args.adapter}, whose edits were made with {name} = {getattr(base, name)!r}; "

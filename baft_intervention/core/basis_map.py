@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..gates import WeightingNetwork, make_weighting
 from .functional import baft_update
-from .orthonormal import orthonormal_rows, random_orthonormal, within
+from .orthonormal import orthonormal_rows, random_orthonormal
 
 
 class BasisWeightedMap(nn.Module):
@@ -30,7 +30,6 @@ class BasisWeightedMap(nn.Module):
 
     Attributes:
         basis: the raw parameter ``V (r, d)``; the orthonormal ``R`` is :attr:`rotation`.
-        allotted: None, or orthonormal ``(n, d)``, n >= r: the rows of ``R`` stay in their span, see :meth:`allot`.
         source_weight, source_bias: ``A (r, d)`` and ``b (r,)``.
         last_weights: detached ``w(h) (..., r)`` of the last call, for plots and statistics.
 
@@ -55,8 +54,6 @@ class BasisWeightedMap(nn.Module):
         self.basis = nn.Parameter(random_orthonormal(low_rank_dimension, embed_dim))
         self.source_weight = nn.Parameter(self.basis.detach().clone())
         self.source_bias = nn.Parameter(torch.zeros(low_rank_dimension))
-        self.allotted: Tensor | None
-        self.register_buffer("allotted", None, persistent=False)
         if init == "random":
             linear = nn.Linear(embed_dim, low_rank_dimension)
             self.source_weight.data, self.source_bias.data = linear.weight.data, linear.bias.data
@@ -84,36 +81,12 @@ class BasisWeightedMap(nn.Module):
     def rotation(self) -> Tensor:
         """``R (r, d)``, orthonormal rows, fp32; differentiable where gradients are enabled, cached where not."""
         if torch.is_grad_enabled() and self.basis.requires_grad:
-            return orthonormal_rows(within(self.basis, self.allotted))
+            return orthonormal_rows(self.basis)
         with torch.inference_mode(False):  # a tensor of inference mode could not enter a later graph
             value = self.basis.detach()
             if self._rotation_cache is None or not torch.equal(self._rotation_cache[0], value):
-                self._rotation_cache = (value.clone(), orthonormal_rows(within(value, self.allotted)))
+                self._rotation_cache = (value.clone(), orthonormal_rows(value))
         return self._rotation_cache[1]
-
-    @torch.no_grad()
-    def allot(self, directions: Tensor) -> None:
-        """From now on the rows of ``R`` lie in the span of ``directions (n, d)``, whatever trains them.
-
-        The basis goes on as its own projection onto the span, and a map that did nothing still does nothing.
-
-        Args:
-            directions: orthonormal rows, at least r of them.
-
-        Raises:
-            ConfigError: fewer than r, or of another d.
-        """
-        rank, dim = self.basis.shape
-        if directions.ndim != 2 or directions.shape[1] != dim or len(directions) < rank:
-            raise ConfigError(
-                f"the directions have shape {tuple(directions.shape)}; they must be (n, {dim}), n >= {rank}"
-            )
-        identity = torch.equal(self.source_weight, self.basis)
-        self.allotted = directions.to(self.basis)
-        self.basis.copy_(orthonormal_rows(within(self.basis.double(), directions.to(self.basis.device).double())))
-        self._rotation_cache = None
-        if identity:
-            self.source_weight.copy_(self.basis)
 
     def _apply(self, fn: Any, recurse: bool = True) -> BasisWeightedMap:
         """Follow a move to another device, and stay fp32 where the model around is cast to half precision."""

@@ -35,12 +35,13 @@ from ..storage.exchange import DESCRIPTION, read_directory
 from ..storage.hub import CARD, fetched_adapter, is_repo_id, model_card, push_folder
 from ..storage.merge import MergeReport, OnConflict, check_same_coordinates, plan_merge
 from ..storage.working_store import MainStore, Store, open_store, write_directory
-from ..training.bank import Bank, get_bank, unrelated_texts
+from ..training.bank import Bank, encode_texts, get_bank
 from ..training.engine import Job, TrainedEdit, TrainingContext, encode_request, make_engine
 from ..training.gate_initialisation import make_jobs, shared_context
 
 logger = logging.getLogger(__name__)
 _CHUNK = 64  # edits that are prepared and handed to the engine together
+_OUTPUT_TEXTS = 16  # unrelated texts that the output loss looks at
 _SLACK = 1 << 20  # bytes of a log that are never worth a new snapshot
 _LONG = 12  # tokens of a target that are many for a late block
 _LOWER = 2 / 3  # depth of a block that reaches them: WikiBio's 76 % of tokens at nine tenths are 86 % there
@@ -77,7 +78,7 @@ class BaftEditor:
         config: settings; the defaults suit single facts.
         model_name: what the base model is called in a saved adapter; taken from the model where not given.
         bank_texts: unrelated texts of your own, from which the gate learns what to leave alone; by default the
-            model writes some for itself (see :mod:`baft_intervention.training.bank`).
+            package's own (see :mod:`baft_intervention.training.bank`).
 
     Example::
 
@@ -105,7 +106,6 @@ class BaftEditor:
         self.model_name = model_name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         self.bank_texts = None if bank_texts is None else tuple(bank_texts)
         self._cached_bank: Bank | None = None
-        self._cached_texts: list[list[int]] = []
         self._store: Store | MainStore | None = None
         give_pad_token(tokenizer, self.model_name)
         self.adapter = BaftAdapter(model, tokenizer, self.config)
@@ -488,16 +488,13 @@ class BaftEditor:
 
     @property
     def _independent(self) -> bool:
-        """Whether edits that compete train together, and apart from those that are there.
-
-        Those that add up train on top of each other, and those that take turns at the directions of a layer one after another.
-        """
-        return self.adapter.routed and self.config.bases != "orthogonal" and self.config.order != "depth"
+        """Whether edits train together: those that compete do; those that add up train on top of the earlier ones."""
+        return self.adapter.routed and self.config.order != "depth"
 
     def _jobs(self, groups: Sequence[Sequence[EditRequest]]) -> list[Job]:
         return make_jobs(
             self.model, self.tokenizer, self.config, self.adapter.layers, groups, shared=self.adapter.shared,
-            bank=self._bank(), allotted=[from_main(self.adapter.allot)] if self.config.bases == "orthogonal" else [],
+            bank=self._bank(),
         )  # fmt: skip
 
     def _superseded(self, items: Sequence[EditRequest]) -> list[Edit]:
@@ -519,8 +516,7 @@ class BaftEditor:
         """Take one edit back and return it.
 
         With a routed weighting (``cosine``) every edit has its own bases and the adapter is as if it had never been.
-        Where updates are summed (``constant``, ``linear``, ``mlp``), later edits were trained on top of it and stay so. With
-        ``bases="orthogonal"`` later edits keep the directions that they got beside it, and its own are free for the next one.
+        Where updates are summed (``constant``, ``linear``, ``mlp``), later edits were trained on top of it and stay so.
 
         Raises:
             EditError: no edit of this id, or one that was trained jointly with others.
@@ -636,12 +632,10 @@ class BaftEditor:
             self._cached_bank = Bank()
             if self.config.needs_bank or self.config.locality_coefficient:
                 layers, read_layer = self.adapter.layers, self.adapter.read_layer
-                with self.adapter.enabled(False):
-                    self._cached_bank = get_bank(
-                        self.model, self.tokenizer, layers if read_layer is None else sorted({*layers, read_layer}),
-                        size=self.config.bank_size, relation_layers=() if read_layer is None else layers,
-                        texts=self.bank_texts, seed=self.config.seed,
-                    )  # fmt: skip
+                self._cached_bank = get_bank(
+                    self.model, self.tokenizer, layers if read_layer is None else sorted({*layers, read_layer}),
+                    relation_layers=() if read_layer is None else layers, texts=self.bank_texts,
+                )  # fmt: skip
         return self._cached_bank
 
     def _surroundings(self) -> TrainingContext:
@@ -650,16 +644,8 @@ class BaftEditor:
             for layer in self.adapter.layers:
                 earlier[layer] = lambda x, layer=layer: self.adapter.stack(layer, x.device).update(x)
         used = self.adapter.used() if self.config.balance_coefficient else {}
-        texts = self._texts() if self.config.output_coefficient else ()
+        texts = encode_texts(self.tokenizer, self.bank_texts)[:_OUTPUT_TEXTS] if self.config.output_coefficient else ()
         return TrainingContext(self._bank().unrelated, used, texts, earlier)
-
-    def _texts(self) -> list[list[int]]:
-        """Unrelated texts for the output loss, as ids; once an editor."""
-        if not self._cached_texts:
-            with self.adapter.enabled(False):
-                texts = unrelated_texts(self.model, self.tokenizer, self.bank_texts, seed=self.config.seed)
-            self._cached_texts = from_main(lambda: texts)
-        return self._cached_texts
 
     # ------------------------------------------------------------------------------------------ asking
 

@@ -78,7 +78,7 @@ class CosineWeighting(WeightingNetwork):
     @torch.no_grad()
     def initialise(self, h_edit: Tensor, bank: Tensor | None, context: EditContext | None = None) -> None:
         if bank is None:
-            raise ConfigError("the cosine weighting needs a bank of unrelated representations; give bank_size > 0")
+            raise ConfigError("the cosine weighting needs a bank of unrelated representations, got None")
         self.key.copy_(F.normalize(F.normalize(self.whitening(h_edit), dim=-1).mean(0), dim=0))
         similarity = F.normalize(self.whitening(bank), dim=-1) @ self.key  # (N,)
         theta = torch.quantile(similarity.float(), 1.0 - self.false_positive_rate)

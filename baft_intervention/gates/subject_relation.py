@@ -270,7 +270,7 @@ class SubjectRelationWeighting(WeightingNetwork):
     @torch.no_grad()
     def initialise(self, h_edit: Tensor, bank: Tensor | None, context: EditContext | None = None) -> None:
         if bank is None:
-            raise ConfigError("the subject_relation weighting needs a bank of unrelated text; give bank_size > 0")
+            raise ConfigError("the subject_relation weighting needs a bank of unrelated text, got None")
         if context is None:
             plain = F.normalize(F.normalize(self.whitening(h_edit), dim=-1).mean(0), dim=0)
             # the first half alone

@@ -73,7 +73,7 @@ class WhitenedWeighting(WeightingNetwork):
     @torch.no_grad()
     def initialise(self, h_edit: Tensor, bank: Tensor | None, context: EditContext | None = None) -> None:
         if bank is None:
-            raise ConfigError("the whitened weighting needs a bank of unrelated representations; give bank_size > 0")
+            raise ConfigError("the whitened weighting needs a bank of unrelated representations, got None")
         white = self.whitening(h_edit.mean(0))  # S (e - mu)
         direction = self.whitening(white + self.whitening.mean) / white.square().sum().clamp(
             min=1e-12

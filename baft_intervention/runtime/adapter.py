@@ -25,7 +25,6 @@ from ..errors import AdapterError, BaftError
 from ..gates import WeightingNetwork, make_weighting, weighting_class
 from ..models.structure import find_blocks, hidden_size
 from ..requests import EditRequest
-from ..training.allotment import Allotment
 from .call_state import CallTracker, hook_block
 from .edit_stack import EditStack, is_shared
 
@@ -107,7 +106,6 @@ class BaftAdapter:
         self._switch = _Switch()
         self._stacks: dict[tuple[int, torch.device], EditStack] = {}
         self._used: dict[int, Tensor] | None = None  # the sums of used(), once they are asked for
-        self._allotments: dict[int, Allotment] = {}  # layer -> loads of its directions, once they are asked for
         self._subjects: IdSequences | None = None  # the edits' subjects, once they are looked for
 
     # ------------------------------------------------------------------------------------------ edits
@@ -159,8 +157,6 @@ class BaftAdapter:
         if self._subjects is not None:
             for sequence in self._names(edit):
                 self._subjects.remove(sequence)
-        for layer, allotment in self._allotments.items():
-            allotment.remove(edit.tensors[layer]["rotation"])
         return edit
 
     def set_edits(self, edits: Sequence[Edit]) -> None:
@@ -169,13 +165,13 @@ class BaftAdapter:
         Raises:
             AdapterError: two edits have one id.
         """
-        before = self._edits, self._of_prompt, self._stacks, self._used, self._allotments, self._subjects
-        self._edits, self._of_prompt, self._stacks, self._allotments = {}, {}, {}, {}
+        before = self._edits, self._of_prompt, self._stacks, self._used, self._subjects
+        self._edits, self._of_prompt, self._stacks = {}, {}, {}
         self._used = self._subjects = None
         try:
             self.extend(edits)
         except BaseException:
-            self._edits, self._of_prompt, self._stacks, self._used, self._allotments, self._subjects = before
+            self._edits, self._of_prompt, self._stacks, self._used, self._subjects = before
             raise
 
     def extend(self, edits: Sequence[Edit]) -> None:
@@ -193,8 +189,6 @@ class BaftAdapter:
                 self._of_prompt.setdefault(request.prompt, []).append(edit.id)
             if self._used is not None:
                 self._used = {layer: used + edit.used[layer] for layer, used in self._used.items()}
-            for layer, allotment in self._allotments.items():
-                allotment.add(edit.tensors[layer]["rotation"])
             if self._subjects is not None:
                 for sequence in self._names(edit):
                     self._subjects.add(sequence)
@@ -228,16 +222,6 @@ class BaftAdapter:
             zero = torch.zeros(self.config.rank)
             self._used = {layer: sum((e.used[layer] for e in self._edits.values()), zero) for layer in self.layers}
         return self._used
-
-    def allot(self) -> dict[int, Tensor]:
-        """``layer -> (n, d)``, the directions for the bases of a new edit.
-
-        They are taken when it comes in. The loads are counted at the first call and kept up to date from then on.
-        """
-        for layer in self.layers if not self._allotments else ():
-            bases = [edit.tensors[layer]["rotation"] for edit in self._edits.values()]
-            self._allotments[layer] = Allotment(self.embed_dim, bases)
-        return {layer: allotment.next(self.config.rank) for layer, allotment in self._allotments.items()}
 
     def stack(self, layer: int, device: torch.device) -> EditStack:
         """The layer's edits on a device; built at first use, and kept up to date from then on."""

@@ -1,8 +1,7 @@
-"""Whether an adapter that was read belongs to the model and the settings at hand."""
+"""Whether a saved adapter fits the model and the settings at hand."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,20 +10,16 @@ from ..errors import AdapterError
 from ..models.fingerprint import config_hash, model_fingerprint
 from ..runtime.adapter import BaftAdapter, check_layout
 
-# settings that only training reads: an adapter made with others answers the same
-_TRAINING_ONLY = {
-    "learning_rate", "weight_decay", "steps", "loss_target", "append_eos", "ending", "ending_coefficient",
-    "locality_coefficient", "output_coefficient",
-    "balance_coefficient", "bank_size", "max_grad_norm", "seed", "engine", "init", "allocation", "schedule", "bases", "order",
-    "mini_batch", "epochs", "augmentations",
-}  # fmt: skip
-
 
 def check_base(description: Mapping[str, Any], adapter: BaftAdapter, where: str) -> None:
-    """Refuse a description of edits of another model, of another form of the gate, or on other layers than the adapter's.
+    """Check that saved edits are of the adapter's model, gate layout and layers.
+
+    Args:
+        description: content of ``adapter.json``.
+        where: prefix of messages.
 
     Raises:
-        AdapterError: which it is; the message says what was found and what is needed.
+        AdapterError: the first difference; the message says what was found and what is needed.
     """
     check_layout(description, adapter.config.weighting, where)
     base = description["base_model"]
@@ -40,14 +35,14 @@ def check_base(description: Mapping[str, Any], adapter: BaftAdapter, where: str)
 
 
 def check_settings(theirs: BaftConfig, ours: BaftConfig, where: str) -> None:
-    """Refuse an adapter whose tensors mean something else with our settings.
+    """Check that a saved adapter's tensors mean the same under our settings (:meth:`BaftConfig.identity_fields`).
 
     Raises:
-        AdapterError: a setting that differs, other than those that training alone reads.
+        AdapterError: the first setting that differs.
     """
-    for field in dataclasses.fields(BaftConfig):
-        if getattr(theirs, field.name) != getattr(ours, field.name) and field.name not in _TRAINING_ONLY:
+    for name in BaftConfig.identity_fields():
+        if getattr(theirs, name) != getattr(ours, name):
             raise AdapterError(
-                f"{where}: the adapter has {field.name} = {getattr(theirs, field.name)!r}, this editor "
-                f"{getattr(ours, field.name)!r}; load it with BaftEditor.from_pretrained"
+                f"{where}: the adapter has {name} = {getattr(theirs, name)!r}, this editor {getattr(ours, name)!r}; "
+                "load it with BaftEditor.from_pretrained"
             )

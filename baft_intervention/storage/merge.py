@@ -129,5 +129,5 @@ def check_same_coordinates(
             if other.shape != tensor.shape or not torch.allclose(other, tensor, atol=1e-4):
                 raise AdapterError(
                     f"{where}its gates were fitted to another bank ({name!r} of layer {layer} differs), so its edits cannot be "
-                    "put beside these; make them again with the same bank_size, seed and bank_texts"
+                    "put beside these; make them again with the same version and bank_texts"
                 )

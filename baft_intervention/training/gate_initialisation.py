@@ -53,7 +53,6 @@ def make_jobs(
     *,
     shared: Mapping[int, Mapping[str, Tensor]],
     bank: Bank,
-    allotted: Sequence[Mapping[int, Tensor]] = (),
 ) -> list[Job]:
     """A job for each group of requests, ready to be trained.
 
@@ -62,17 +61,14 @@ def make_jobs(
         groups: of requests.
         shared: ``layer -> {name: tensor}``, what the edits of a layer have in common.
         bank: unrelated representations.
-        allotted: for each group ``layer -> (n, d)``, the directions that its bases may use; empty where they are free.
 
     Raises:
         RequestError, PositionError: a request that cannot be encoded.
     """
     jobs = []
-    for i, group in enumerate(groups):
+    for group in groups:
         rows = tuple(encode_request(tokenizer, request, config) for request in group)
         maps = make_maps(config, hidden_size(model), layers, shared, edit_seed(config.seed, group))
-        for layer, directions in allotted[i].items() if allotted else ():
-            maps[layer].allot(directions)
         jobs.append(Job(tuple(group), rows, maps))
     if not jobs:
         return jobs

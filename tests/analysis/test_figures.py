@@ -318,15 +318,15 @@ def test_results_are_json(tiny_llama, tokenizer, tmp_path):
 @pytest.mark.timeout(600)
 def test_on_the_real_model_loreft_leaks_and_the_default_does_less_than_any_linear_map(smollm2):
     from baft_intervention import BaftConfig, BaftEditor
-    from baft_intervention.training.bank import write_texts
+    from baft_intervention.training.bank import shipped_texts
 
     model, tokenizer = smollm2
-    texts = write_texts(model, tokenizer, 48, seed=1)
+    texts, others = shipped_texts()[::5], [t for i, t in enumerate(shipped_texts()) if i % 5]  # the bank has the others
     fact = EditRequest("The capital of Japan is", "Osaka", subject="Japan", id="japan")
     paraphrases = ["The capital city of Japan is", "Here is a fact. The capital of Japan is"]
     found = {}
     for name, config in (("loreft", BaftConfig(weighting="constant")), ("baft", BaftConfig())):
-        editor = BaftEditor(model, tokenizer, config, model_name="smollm2-135m")
+        editor = BaftEditor(model, tokenizer, config, model_name="smollm2-135m", bank_texts=others)
         editor.edit(fact)
         unrelated = read_texts(editor, texts, prefixes=True)
         found[name] = tension(editor, "japan", paraphrases, unrelated), redundant_dimensions(editor)

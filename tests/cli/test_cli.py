@@ -27,7 +27,7 @@ def home(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("cli")
     tiny_model("llama").save_pretrained(home / "model")
     tiny_tokenizer().save_pretrained(home / "model")
-    (home / "config.yaml").write_text("rank: 4\nlearning_rate: 0.05\nsteps: 40\nbank_size: 24\n")
+    (home / "config.yaml").write_text("rank: 4\nlearning_rate: 0.05\nsteps: 40\n")
     (home / "edits.json").write_text(json.dumps([FRANCE, LEO]))
     (home / "one.jsonl").write_text(json.dumps(FRANCE) + "\n")
     return home

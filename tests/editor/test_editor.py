@@ -7,14 +7,12 @@ import dataclasses
 import pytest
 import torch
 
-from baft_intervention.config import BaftConfig
 from baft_intervention.core.positions import PositionRule, prompt_positions
 from baft_intervention.editor.editor import BaftEditor
 from baft_intervention.errors import BaftError, ConfigError, EditError, PositionError, RequestError
 from baft_intervention.models.tokenization import encode_prompt
 from baft_intervention.requests import EditRequest
 from baft_intervention.runtime.call_state import hook_block
-from baft_intervention.storage import compatibility as belonging
 from baft_intervention.training.engine import encode_request
 from edits import (
     BANK,
@@ -179,22 +177,6 @@ def test_a_joint_edit_is_one_set_of_bases_and_is_undone_as_a_whole(tiny_llama, t
         editor.undo("leo")
     editor.undo("france")
     assert all(torch.equal(a, logits(tiny_llama, tokenizer, p)) for a, p in zip(clean, PROMPTS, strict=True))
-
-
-def test_the_model_writes_its_own_bank_once(tiny_llama, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setenv("BAFT_CACHE", str(tmp_path))
-    BaftEditor(tiny_llama, tokenizer, config(bank_size=12)).edit(FRANCE)
-    banks = list((tmp_path / "banks").iterdir())
-    assert len(banks) == 1
-
-    def refuse(*_args, **_kwargs):
-        raise AssertionError("the bank was written again")
-
-    monkeypatch.setattr("baft_intervention.training.bank.write_texts", refuse)
-    BaftEditor(tiny_llama, tokenizer, config(bank_size=12)).edit(LEO)
-    banks[0].write_bytes(b"damaged")
-    with pytest.raises(AssertionError, match="written again"):
-        BaftEditor(tiny_llama, tokenizer, config(bank_size=12)).edit(LEO)
 
 
 # ------------------------------------------------------------------------------------------ undo
@@ -548,9 +530,3 @@ def test_the_subject_question_can_be_left_out_for_subjects_of_several_tokens_too
         found.append(torch.equal(logits(tiny_llama, tokenizer, "He was"), before))
         editor.detach()
     assert found == [True, False]
-
-
-def test_every_setting_is_known_to_be_of_training_or_of_what_an_adapter_means():
-    meaning = {"rank", "layers", "positions", "weighting", "weighting_options"}
-    fields = {field.name for field in dataclasses.fields(BaftConfig)}
-    assert fields - meaning == belonging._TRAINING_ONLY

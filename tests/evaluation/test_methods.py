@@ -303,15 +303,6 @@ def test_hook_and_module_are_pyrefts_model(name, tokenizer):
     assert (ours - tiny_model()(input_ids=ids).logits).abs().max() > 1e-2
 
 
-def test_a_run_without_a_younger_setting_is_the_run_from_before_there_was_one():
-    assert not {"bases", "augmentations", "order", "batch_size", "epochs"} & set(
-        make_method("baft", {"config": {}}).settings()["config"]
-    )
-    assert "bases" not in make_method("baft", {"config": {"bases": "free"}}).settings()["config"]
-    assert make_method("baft", {"config": {"bases": "orthogonal"}}).settings()["config"]["bases"] == "orthogonal"
-    assert make_method("baft", {"config": {}}).settings()["config"]["rank"] == 12
-
-
 def test_a_bank_of_ones_own_is_the_gates_and_stands_in_the_settings(tiny_llama, tokenizer):
     method = make_method("baft", {"config": {"rank": 4, "weighting": "cosine"}, "bank": list(BANK)})
     assert method.settings()["bank"] == list(BANK)

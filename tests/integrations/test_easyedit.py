@@ -117,7 +117,7 @@ def test_a_batch(tok):
 
 
 def test_the_default_gate_too(tok):
-    hparams = BaFTHyperParams("tiny", config(bank_size=24))
+    hparams = BaFTHyperParams("tiny", config())
     edited, restore = apply_baft_to_model(tiny_model("llama"), tok, [FRANCE, LEO], hparams)
     assert reached(edited, tok, FRANCE, LEO) == [True, True]
     restore()

@@ -168,7 +168,7 @@ def test_a_text_that_is_longer_than_the_model_reads(arch):
 def test_any_settings_with_a_model(fields):
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     try:
-        made = BaftConfig.from_dict({"weighting": "linear", **fields, "steps": 2, "bank_size": 4})
+        made = BaftConfig.from_dict({"weighting": "linear", **fields, "steps": 2})
         editor = BaftEditor(model, tokenizer, made, bank_texts=BANK)
     except BaftError:
         return

@@ -61,7 +61,7 @@ POSITIONS = ("last", "prompt", "subject", "all", "f2+l1")
 
 def configure(layers: Sequence[int] = (2,), **changes: Any) -> BaftConfig:
     settings: dict[str, Any] = {"rank": RANK, "layers": tuple(layers), "weighting": "linear", "steps": 20}
-    settings |= {"loss_target": 0.0, "bank_size": 8, "learning_rate": 2e-2}
+    settings |= {"loss_target": 0.0, "learning_rate": 2e-2}
     return BaftConfig(**(settings | changes))
 
 
@@ -636,7 +636,7 @@ def test_through_the_model_is_the_reference_too(arch: str, layers: tuple[int, ..
 
 def test_another_adapters_edits_stay_in_force(caplog: pytest.LogCaptureFixture) -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
-    other = BaftEditor(model, tokenizer, BaftConfig(rank=RANK, layers=(3,), weighting="constant", bank_size=0, steps=5))
+    other = BaftEditor(model, tokenizer, BaftConfig(rank=RANK, layers=(3,), weighting="constant", steps=5))
     config = configure((2,))
     _, engine = by_fast(model, config, REQUESTS[:2])
     assert engine.way == "replay"  # attached, but without an edit it does nothing
@@ -845,7 +845,6 @@ def test_smollm2_step_by_step(
         loss_target=0.0,
         steps=20,
         learning_rate=3e-4,  # so that 20 steps do not end where a loss is next to nothing
-        bank_size=8,
     )
     requests = [
         EditRequest("What university did Watts Humphrey attend?", "University of Michigan"),

@@ -14,7 +14,7 @@ from baft_intervention.training.gate_initialisation import make_jobs
 from baft_intervention.training.relation_dictionary import OPENINGS
 from edits import FACTS, FRANCE, LEO, next_word, tiny_editor
 
-PLAIN = BaftConfig(rank=2, layers=(1,), weighting="constant", bank_size=0)
+PLAIN = BaftConfig(rank=2, layers=(1,), weighting="constant")
 
 
 def jobs(model, tokenizer, config, groups):

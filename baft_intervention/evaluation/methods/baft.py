@@ -15,10 +15,6 @@ from ...requests import EditRequest
 from ..edited import EditCost, EditedModel
 from .base import Method, as_edit_error, register_method
 
-# settings that are younger than results that are kept: at their defaults a run is the same as before there were any, and can
-# be gone on with
-_LATER = ("augmentations", "bases", "ending_coefficient", "epochs", "mini_batch", "order", "output_coefficient")
-
 
 @register_method("baft")
 @dataclass(frozen=True)
@@ -27,7 +23,7 @@ class Baft(Method):
 
     Args:
         config: fields of :class:`~baft_intervention.config.BaftConfig` that differ from its defaults; ``seed`` is the method's.
-        bank: unrelated texts for the gate to learn from; by default those that the model writes.
+        bank: unrelated texts for the gate to learn from; by default the package's own.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -39,10 +35,8 @@ class Baft(Method):
         return BaftConfig.from_dict({**self.config, "seed": self.seed})
 
     def settings(self) -> dict[str, Any]:
-        config, default = self.baft_config().to_dict(), BaftConfig().to_dict()
-        left_out = {name for name in _LATER if config[name] == default[name]}
         bank = {"bank": list(self.bank)} if self.bank else {}
-        return {"config": {n: v for n, v in config.items() if n not in left_out}, "seed": self.seed} | bank
+        return {"config": self.baft_config().to_dict(), "seed": self.seed} | bank
 
     def attach(self, model: Any, tokenizer: Any) -> EditedModel:
         return _BaftModel(self.baft_config(), model, tokenizer, self.bank)
