@@ -1,7 +1,7 @@
 """The library's own errors.
 
-Every message names the offending value, where it stood, and the mend. All derive from :class:`BaftError`, and
-from the built-in that a caller would expect, so ``except ValueError`` goes on working.
+Every message names the offending value, its place, and how to fix it. Each class derives from :class:`BaftError` and from
+the built-in that a caller expects, so ``except ValueError`` works too.
 """
 
 
@@ -14,23 +14,23 @@ class RequestError(BaftError, ValueError):
 
 
 class ConfigError(BaftError, ValueError):
-    """A setting is out of its range, unknown, or does not fit the model (a layer that it has not)."""
+    """A setting is out of its range, unknown, or does not fit the model (a block that it does not have)."""
 
 
 class PositionError(BaftError, ValueError):
-    """A position rule cannot be read, or finds no token: a subject that is not in the prompt, say."""
+    """A position rule cannot be read or finds no token, e.g. because the subject is not in the prompt."""
 
 
 class EditError(BaftError, RuntimeError):
-    """An edit could not be trained (a loss that is not finite); model and adapter are as before."""
+    """An edit could not be trained (a loss that is not finite); model and adapter are unchanged."""
 
 
 class AdapterError(BaftError, ValueError):
-    """A saved adapter cannot be loaded: truncated, tampered with, of another model or schema."""
+    """A saved adapter cannot be loaded: it is truncated, altered, or of another model or schema."""
 
 
 class StoreError(AdapterError):
-    """A folder of edits cannot be opened for writing, or written: another writer, a full disk, damage; nothing is lost."""
+    """A folder of edits cannot be opened or written: another writer, a full disk, damage. No finished edit is lost."""
 
 
 class DataError(BaftError, ValueError):

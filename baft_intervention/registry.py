@@ -1,4 +1,4 @@
-"""One way to make a name known: weighting networks, position rules and metrics are registered with it."""
+"""Registration by name, for weighting networks, position rules, metrics, formats and methods."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _Item = TypeVar("_Item", bound=Callable[..., Any])
 
 
 def registrar(registry: MutableMapping[str, Any], name: str, what: str) -> Callable[[_Item], _Item]:
-    """A decorator that puts a class or function into ``registry`` under ``name``; the same one may come again.
+    """A decorator that puts a class or function into ``registry`` under ``name``; registering the same one again is allowed.
 
     Args:
         registry: name -> class or function.
-        name: the name it is known by.
-        what: what is registered, for the message.
+        name: of the entry.
+        what: kind of entry, for the message.
 
     Raises:
         ConfigError: (the decorator) the name is taken by another.

@@ -1,9 +1,8 @@
-"""What an edit is, and what is asked about it afterwards.
+"""Edit requests, and the probes that evaluate them.
 
-An :class:`EditRequest` says *"after this prompt the model must answer that"*. A :class:`Probe` is a
-question with which an evaluation looks at the edited model: does the edit hold under a paraphrase, does it
-reach consequences, did anything else move? Both are frozen: a request that was read from a benchmark file,
-trained on, and written to a result file is the same object throughout.
+An :class:`EditRequest` says: after this prompt the model must answer that. A :class:`Probe` is a question that an
+evaluation asks the edited model: does the edit hold under a paraphrase, do consequences follow, did anything else move?
+Both are frozen, so a request is the same object from the benchmark file to the result file.
 """
 
 from __future__ import annotations
@@ -49,11 +48,11 @@ class Probe:
         prompt: the question, as text.
         kind: ``rephrase`` (the edit must hold), ``portability`` (a consequence must follow), ``locality``
             (near the edit, must not move) or ``unrelated`` (far from it, must not move).
-        answers: accepted answers, every alias kept; the first is the one that is scored by teacher forcing.
-            For ``locality`` and ``unrelated`` this is the data set's answer, which says how many tokens are
-            compared with the unedited model; it may be empty where a data set gives none.
-        contrast: answers that must be *less* likely than ``answers`` (ROME's probability success, ConvSent's
-            opposite replies); empty where the metric does not apply.
+        answers: accepted answers with every alias; teacher forcing scores the first. For ``locality`` and
+            ``unrelated`` it is the data set's answer, whose length says how many tokens are compared with the unedited
+            model; it may be empty.
+        contrast: answers that must be less likely than ``answers`` (ROME's probability success, ConvSent's
+            opposite replies); empty if the metric does not apply.
         group: the data set's own name for the sub-group, e.g. ``Relation_Specificity``, ``neighborhood``.
     """
 
@@ -93,8 +92,8 @@ class Message:
     """One turn of a conversation.
 
     Args:
-        role: who speaks, in the words of the model's chat template: ``system``, ``user``, ``assistant``.
-        content: what is said.
+        role: the speaker, as the model's chat template names it: ``system``, ``user``, ``assistant``.
+        content: the text.
 
     Raises:
         RequestError: an empty or non-text role or content.
@@ -112,7 +111,7 @@ class Message:
 
 
 def read_messages(value: object, where: str = "") -> tuple[Message, ...]:
-    """A conversation that waits for an answer, from ``{"role", "content"}`` objects or :class:`Message`.
+    """A conversation that ends before the answer, from ``{"role", "content"}`` objects or :class:`Message`.
 
     Raises:
         RequestError: no message, an unknown or missing field, or a last turn that is the assistant's.
@@ -146,20 +145,20 @@ class EditRequest:
     Args:
         prompt: the text before the answer, e.g. ``"The capital of Japan is"``; or a conversation, a list of
             ``{"role": "user", "content": "What is the capital of Japan?"}``, which the editor puts into the model's own
-            chat template. Until then ``prompt`` is the last message's text, and afterwards the whole rendered one.
-        target_new: the wanted answer, e.g. ``"Osaka"``. A space is put between the two where neither brings one.
-        subject: the entity that the fact is about; must occur in ``prompt`` where a ``subject`` position is edited.
-        target_true: the answers that were right before (every alias), where the source tells.
+            chat template. ``prompt`` is the last message's text before that, and the whole rendered text after it.
+        target_new: the wanted answer, e.g. ``"Osaka"``. A space separates prompt and answer if neither has one there.
+        subject: the entity that the fact is about; it must occur in ``prompt`` if a ``subject`` position is edited.
+        target_true: the answers before the edit (every alias), if the source gives them.
         probes: questions for the evaluation; training never looks at them.
-        id: a name that is unique in an adapter; made from prompt, subject and target where none is given.
-        case_id: requests of one case are applied together (MQuAKE); empty where a request stands alone.
-        origin: where the request was read, for messages: ``"edits.json:3"``.
-        messages: the conversation, where ``prompt`` was one.
-        chat_template: the template (Jinja source) that made ``prompt`` of ``messages``; recorded by the editor. One that is
-            given beforehand is used in place of the tokenizer's.
+        id: unique in an adapter; by default a hash of prompt, subject and target.
+        case_id: requests of one case are applied together (MQuAKE); empty if a request stands alone.
+        origin: place the request was read from, for messages: ``"edits.json:3"``.
+        messages: the conversation, if ``prompt`` was one.
+        chat_template: the template (Jinja source) that renders ``messages`` to ``prompt``; the editor records it. A template
+            that you give replaces the tokenizer's.
 
     Raises:
-        RequestError: an empty or non-text field, a probe of the wrong type, messages that are no conversation.
+        RequestError: an empty or non-text field, a probe of the wrong type, messages that are not a conversation.
     """
 
     prompt: str
@@ -184,7 +183,7 @@ class EditRequest:
             object.__setattr__(self, "messages", read_messages(self.messages, where) if self.messages else ())
         _text(self.chat_template, "chat_template", where, empty_ok=True)
         if self.chat_template and not self.messages:
-            raise RequestError(f"{where}chat_template is given, but the prompt is no conversation; give messages")
+            raise RequestError(f"{where}chat_template is given, but the prompt is not a conversation; give messages")
         _text(self.prompt, "prompt", where)
         _text(self.target_new, "target_new", where)
         if self.subject is not None:
@@ -208,21 +207,21 @@ class EditRequest:
 
     @property
     def where(self) -> str:
-        """``origin`` and id, to begin an error message with."""
+        """Prefix of error messages: ``origin``, id and question."""
         return f"{self.origin + ': ' if self.origin else ''}edit {self.id!r} ({self.question!r})"
 
     @property
     def question(self) -> str:
-        """What is asked, for people: the prompt, or the last message of a conversation without the template around it."""
+        """The prompt as a person reads it: for a conversation its last message, without the template."""
         return self.messages[-1].content if self.messages else self.prompt
 
     def probes_of(self, kind: ProbeKind) -> tuple[Probe, ...]:
         return tuple(p for p in self.probes if p.kind == kind)
 
     def as_chat(self, system: str | None = None) -> EditRequest:
-        """The same request as a conversation: the prompt is what the user says, after ``system`` where it is given.
+        """The same request as a conversation: the user says the prompt, after an optional ``system`` message.
 
-        Probes stay the plain texts that they are.
+        Probes stay plain texts.
 
         Raises:
             RequestError: the request is a conversation already.
@@ -235,7 +234,7 @@ class EditRequest:
         return dataclasses.replace(self, messages=messages, id=name)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; ``messages`` and ``chat_template`` only where the request is a conversation."""
+        """Plain JSON values; ``messages`` and ``chat_template`` only for a conversation."""
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         data["target_true"] = list(self.target_true)
         data["probes"] = [p.to_dict() for p in self.probes]

@@ -1,4 +1,4 @@
-"""The trainable map of one edit (or one joint group of edits) at one layer, as a plain ``nn.Module``."""
+"""The trainable map of one edit at one layer, as a plain ``nn.Module``."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class BasisWeightedMap(nn.Module):
     """``Phi(h) = h + R^T diag(w(h)) (A h + b - R h)``, ``w(h)`` from a weighting network.
 
     Parameters are fp32 and the arithmetic is fp32 whatever the dtype of ``h``; the result has the dtype of ``h``.
-    Nothing depends on train or eval mode.
+    Train and eval mode are the same.
 
     Args:
         embed_dim: d, the size of the representation.
         low_rank_dimension: r, the number of bases, 1 <= r <= d.
         weighting: name of a registered weighting network, or a network already built.
         weighting_options: keyword arguments of that network, when given by name.
-        init: ``identity`` starts at ``A = R, b = 0``, so that the map does nothing until trained; ``random`` starts
+        init: ``identity`` starts at ``A = R, b = 0``, so the map does nothing until trained; ``random`` starts
             ``A`` and ``b`` as a linear layer, as pyreft's LoReFT does.
 
     Attributes:
@@ -70,7 +70,7 @@ class BasisWeightedMap(nn.Module):
             self.weighting = weighting
         else:
             self.weighting = make_weighting(weighting, embed_dim, low_rank_dimension, **(weighting_options or {}))
-        # kept in the state, so that a door that forgets constructor arguments (pyvene's load) rebuilds the right network
+        # kept in the state, because pyvene's load forgets constructor arguments
         self.weighting_spec = (
             {"name": weighting, "options": weighting_options or {}} if isinstance(weighting, str) else None
         )

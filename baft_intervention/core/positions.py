@@ -48,15 +48,15 @@ _REGISTRY: dict[str, Chooser] = {}
 def register_positions(name: str) -> Callable[[Chooser], Chooser]:
     """Decorator: make a rule known as ``name`` to configs, adapters and the command line.
 
-    The function gets ``index (B, T)``, each token's place in its prompt counted from 0 (negative before the prompt, past
-    the end behind it), and ``length (B, 1)``, the prompts' numbers of tokens; it gives ``(B, T)`` bool. Tokens outside the
-    prompt are left out of what it gives. It must not depend on T: a prompt is also seen alone, padded, and in pieces.
+    The function gets ``index (B, T)``, each token's index in its prompt (negative before it, at least ``length`` after it),
+    and ``length (B, 1)``, the number of tokens of each prompt. It returns ``(B, T)`` bool; tokens outside the prompt are
+    ignored. It must not depend on T, because a prompt may come alone, padded, or in pieces.
 
     Args:
-        name: letters, digits and ``_``, beginning with a letter; not that of another rule.
+        name: letters, digits and ``_``, beginning with a letter; not used by another rule.
 
     Raises:
-        ConfigError: a name that is taken, or is none.
+        ConfigError: the name is taken or not an identifier.
     """
     taken = name in _NAMED or name.startswith("subject") or _FIRST_LAST.fullmatch(name) is not None
     if not re.fullmatch(r"[a-z]\w*", name) or taken:
@@ -83,7 +83,7 @@ class PositionRule:
         """Read a rule.
 
         Raises:
-            PositionError: not a rule; the message lists what is.
+            PositionError: not a rule; the message lists the known ones.
         """
         if isinstance(text, str):
             if text in _NAMED or text in _REGISTRY:
@@ -151,8 +151,8 @@ def prompt_positions(
     """Indices into ``prompt_ids`` (for ``all``: into prompt and target) that the rule edits; sorted, at least one.
 
     Raises:
-        PositionError: a subject rule where there is no subject, where it is not in the prompt or stands there twice,
-            or where the tokenizer has no offsets.
+        PositionError: a subject rule without a subject, with one that does not occur exactly once in the prompt, or with a
+            tokenizer that gives no offsets.
     """
     n = len(prompt_ids)
     if rule.needs_subject:
@@ -167,9 +167,7 @@ def prompt_positions(
 
 def _subject_span(tokenizer: Any, prompt: str, prompt_ids: Sequence[int], subject: str | None) -> list[int]:
     if not subject:
-        raise PositionError(
-            f"the prompt {prompt!r} comes without a subject, and the position rule needs one; give subject="
-        )
+        raise PositionError(f"the prompt {prompt!r} has no subject, and the position rule needs one; give subject=")
     count = len(re.findall(f"(?={re.escape(subject)})", prompt))
     if count != 1:
         found = "does not occur" if count == 0 else f"occurs {count} times"
@@ -196,7 +194,7 @@ def _subject_span(tokenizer: Any, prompt: str, prompt_ids: Sequence[int], subjec
 
 
 def subject_variants(tokenizer: Any, subjects: Sequence[str]) -> list[list[int]]:
-    """Token id sequences under which the subjects can stand in a text: at its start and behind a space."""
+    """Token ids of the subjects at the start of a text and after a space."""
     variants = []
     for subject in dict.fromkeys(subjects):
         check_text(subject, "the subject")
@@ -208,9 +206,9 @@ def subject_variants(tokenizer: Any, subjects: Sequence[str]) -> list[list[int]]
 
 
 class IdSequences:
-    """Token id sequences that are looked for in texts: a few look-ups a token, however many sequences there are.
+    """A set of token id sequences to find in texts, in a few look-ups a token however many there are.
 
-    A sequence that was added twice is found until it has been removed twice.
+    A sequence that was added twice is found until it is removed twice.
     """
 
     def __init__(self, sequences: Iterable[Sequence[int]] = ()):
@@ -221,11 +219,11 @@ class IdSequences:
             self.add(sequence)
 
     def add(self, sequence: Sequence[int]) -> None:
-        """Look for ``sequence``, of at least one id, from now on."""
+        """Add ``sequence``, of at least one id."""
         self._heads.setdefault(sequence[0], {}).setdefault(len(sequence), Counter())[tuple(sequence)] += 1
 
     def remove(self, sequence: Sequence[int]) -> None:
-        """Take back one :meth:`add` of the same sequence."""
+        """Undo one :meth:`add` of the same sequence."""
         lengths = self._heads[sequence[0]]
         found = lengths[len(sequence)]
         found[tuple(sequence)] -= 1
@@ -249,7 +247,7 @@ class IdSequences:
 def pad_locations(locations: Sequence[int], width: int, filler: int) -> list[int]:
     """``locations`` filled up to ``width`` with ``filler``, which must be a padding column.
 
-    pyvene takes one list of equal length a row. A repeated location would give the same value and a wrong gradient:
-    what is written to a position twice is differentiated twice.
+    pyvene takes one list of equal length a row. Repeating a location would give the same value and a wrong
+    gradient, because a position that is written twice is differentiated twice.
     """
     return [*locations, *[filler] * (width - len(locations))]

@@ -1,7 +1,7 @@
 """Weighting networks: how much each basis acts on an input.
 
-A weighting network computes ``w(h) in (0, 1)^r`` from a representation ``h (..., d)``. The paper gives the idea (one
-weight for each basis, computed from the input); the forms below are our reading, except where said.
+A weighting network computes ``w(h) in (0, 1)^r`` from a representation ``h (..., d)``. The idea is the paper's (one
+weight for each basis, computed from the input); the forms below are our reading.
 
 =============  ==========================================  ======================================================
 name           w(h)                                        for
@@ -9,11 +9,11 @@ name           w(h)                                        for
 ``constant``   ``value``                                   BaFT becomes ReFT; ``value=1`` is exactly LoReFT
 ``linear``     ``sigmoid(W norm(h) + c)``                  the plainest reading of the paper
 ``mlp``        ``sigmoid(W2 gelu(W1 norm(h) + c1) + c2)``  a curved border between edited and other input
-``whitened``   ``sigmoid(W (h - mu) + c)``                 the linear gate, started from the edit and unrelated text
+``whitened``   ``sigmoid(W (h - mu) + c)``                 the linear gate, initialised from the edit and unrelated text
 ``cosine``     ``sigmoid(a (cos(S(h - mu), e) - theta))``  requests that name no subject
 =============  ==========================================  ======================================================
 
-The default, ``subject_relation``, asks two questions: see :class:`SubjectRelationWeighting`.
+The default, ``subject_relation``, compares subject and relation: see :class:`SubjectRelationWeighting`.
 
 A network of your own is one class and one line::
 

@@ -1,4 +1,4 @@
-"""What a weighting network is, and the registry of them."""
+"""The base class of weighting networks, what they are fitted to, and their registry."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _Network = TypeVar("_Network", bound="type[WeightingNetwork]")
 
 @dataclass(frozen=True)
 class SharedContext:
-    """What a network may fit once a model and layer, beside the bank (see ``training/start.py``).
+    """Data for :meth:`WeightingNetwork.fit_shared`, once a model and layer (made by ``training/gate_initialisation.py``).
 
     Args:
         subject_bank: ``(N, d)`` unrelated representations at the read layer.
-        starts: ``(K, d)`` representations at the read layer of common words that begin a text.
+        starts: ``(K, d)`` read-layer representations of common words at the start of a text.
         relations: ``(N, d)`` last-token representations of the dictionary's prompts.
-        design: ``(N, 3)`` numbers of each prompt's relation, form and subject.
-        centre: numbers of the relations that an edit's :attr:`EditContext.same_subject` asks.
-        competing: numbers of the forms that an edit is to be told from.
+        design: ``(N, 3)`` indices of each prompt's relation, form and subject.
+        centre: indices of the relations in an edit's :attr:`EditContext.same_subject`.
+        competing: indices of the forms that an edit competes with.
     """
 
     subject_bank: Tensor
@@ -39,21 +39,21 @@ class SharedContext:
 
 @dataclass(frozen=True)
 class EditContext:
-    """What a network may start from beside the edit's own representations.
+    """Data for :meth:`WeightingNetwork.initialise` beside the edit's own representations.
 
     Args:
         subject: ``(n, d)`` representations of the subject's last token at the read layer, one a request.
-        start: ``(n, d)`` the same where the subject begins a text.
-        start_tokens: how many tokens it has there; 0 where a text begins with a special token, and for several requests whose
+        start: ``(n, d)`` the same, with the subject at the start of a text.
+        start_tokens: number of its tokens there; 0 if texts begin with a special token, or for several requests whose
             subjects are not single tokens.
         same_subject: ``(n, k, d)`` last-token representations of a few prompts about the same subject.
         subject_bank: ``(N, d)`` unrelated representations at the read layer.
         question: whether every prompt is a question.
-        answer: ``(n, d)`` representations at the read layer of the target's last token, behind the prompt.
+        answer: ``(n, d)`` representations at the read layer of the target's last token, after the prompt.
         name: ``(m, d)`` representations at the read layer of the subject's tokens before its last; None for several requests.
-        template: ``(k, d)`` last-token representations of the prompt with other relations in the place of its own; None for
-            several requests, and where there are none.
-        template_relations: the numbers of these relations, ``(k,)``.
+        template: ``(k, d)`` last-token representations of the prompt with other relations in place of its own; None for
+            several requests, or if the prompt has no place for a relation.
+        template_relations: ``(k,)`` indices of these relations.
     """
 
     subject: Tensor
@@ -72,14 +72,14 @@ class WeightingNetwork(nn.Module):
     """Base class: ``forward(h (..., d)) -> w (..., r)``, fp32 in and out.
 
     Class attributes:
-        routed: whether :meth:`match` tells if an input is the edit's. The edits of an adapter with a routed network compete,
-            and only that of the highest :meth:`priority` acts; otherwise the updates of all edits are summed.
+        routed: whether the network has a :meth:`match`. Edits with a routed network compete, and only the edit with the
+            highest :meth:`priority` acts at a position; otherwise the updates of all edits are summed.
         needs_bank: whether :meth:`initialise` needs unrelated representations.
-        reads_subject: whether :meth:`subject_score` of an earlier layer, the read layer, enters :meth:`match`.
-        reads_answer: whether :meth:`answer_score` tells where the edit's answer is named: what is answered is not asked.
-        shared: names of submodules that all edits of a layer have in common.
-        layout: number of the form that its saved tensors have; raise it where their names, shapes or meaning change, so that
-            adapters of before are refused with a reason.
+        reads_subject: whether :meth:`match` uses :meth:`subject_score`, read at an earlier layer, the read layer.
+        reads_answer: whether :meth:`answer_score` finds the edit's answer in a prompt, which then does not ask for it.
+        shared: names of submodules that all edits of a layer share.
+        layout: version of its saved tensors. Raise it when their names, shapes or meaning change, so that older adapters
+            are refused with a reason.
     """
 
     routed: ClassVar[bool] = False
@@ -95,21 +95,21 @@ class WeightingNetwork(nn.Module):
         self.embed_dim, self.rank = embed_dim, rank
 
     def forward(self, h: Tensor, subject_score: Tensor | None = None) -> Tensor:
-        """``w(h)``; ``subject_score (...)`` comes only to a network that ``reads_subject``, None where it was not read."""
+        """``w(h)``; ``subject_score (...)`` is None unless the network ``reads_subject`` and the read layer has run."""
         raise NotImplementedError
 
     def match(self, h: Tensor, subject_score: Tensor | None = None) -> Tensor:
-        """``(...,)``: above 0 where the input is taken to be the edit's."""
+        """``(...,)``: positive if the input belongs to the edit."""
         raise NotImplementedError(f"{type(self).__name__} is not routed: it has no match")
 
     def priority(self, h: Tensor, subject_score: Tensor | None = None) -> Tensor:
-        """``(...,)``: of competing edits that with the largest acts; above 0 exactly where :meth:`match` is."""
+        """``(...,)``: the competing edit with the largest priority acts; positive exactly where :meth:`match` is."""
         return self.match(h, subject_score)
 
     def subject_score(self, h: Tensor) -> Tensor:
-        """``h (..., d)`` at the read layer -> ``(...,)``: above 0 where the token may end the subject.
+        """``h (..., d)`` at the read layer -> ``(...,)``: positive if the token may end the subject.
 
-        Its largest value over a prompt enters :meth:`match`, where it is above 0 by way of :meth:`combined_subject_score`.
+        The largest value over a prompt enters :meth:`match`, refined by :meth:`combined_subject_score` if it is positive.
         """
         raise NotImplementedError(f"{type(self).__name__} reads no subject")
 
@@ -122,30 +122,32 @@ class WeightingNetwork(nn.Module):
         return subject_score
 
     def of_prompt(self, h: Tensor) -> Tensor:
-        """The subject score ``()`` of a prompt's tokens ``h (T, d)``; :meth:`answer_score` is not looked at."""
+        """The subject score ``()`` of a prompt with tokens ``h (T, d)``, without :meth:`answer_score`."""
         best = self.subject_score(h).amax(0)
         return torch.where(best > 0, self.combined_subject_score(best, self.name_scores(h).amax(0)), best)
 
     def answer_score(self, h: Tensor) -> Tensor:
-        """``h (..., d)`` at the read layer -> ``(...,)``: above 0 where the token ends the edit's answer.
+        """``h (..., d)`` at the read layer -> ``(...,)``: positive if the token ends the edit's answer.
 
-        Where one stands behind the subject, the largest value is taken for *minus* the subject score.
+        If such a token follows the subject, the subject score becomes minus the largest value.
         """
         raise NotImplementedError(f"{type(self).__name__} reads no answer")
 
     def read_layer(self, layers: Sequence[int], num_layers: int) -> int:
-        """The block whose output :meth:`subject_score` reads: ``read_depth`` of the depth, at most the lowest edited one."""
+        """The block whose output :meth:`subject_score` reads: at ``read_depth``, and not above the lowest edited block."""
         return min(round(self.read_depth * num_layers), *layers)
 
     def fit_shared(self, bank: Tensor, context: SharedContext | None = None) -> None:
-        """Fit what all edits of a layer share to the bank ``(N, d)``; once a model and layer. Nothing by default."""
+        """Fit the ``shared`` submodules to the bank ``(N, d)``, once a model and layer. The default does nothing."""
 
     @torch.no_grad()
     def initialise(self, h_edit: Tensor, bank: Tensor | None, context: EditContext | None = None) -> None:
-        """Start from data: ``h_edit (n, d)``, the edit's own representations, and ``bank (N, d)``, unrelated ones.
+        """Initialise from data, once before training. The default does nothing.
 
-        Called once before training, at the positions that will be edited. ``context`` comes to a network that
-        ``reads_subject``, where the requests name subjects. Nothing by default.
+        Args:
+            h_edit: ``(n, d)`` representations of the edit's own prompts at the positions that are edited.
+            bank: ``(N, d)`` unrelated representations.
+            context: only for a network that ``reads_subject``, if the requests name subjects.
         """
 
 
@@ -166,7 +168,7 @@ def weighting_class(name: str) -> type[WeightingNetwork]:
     """The registered class.
 
     Raises:
-        ConfigError: no network of this name; the message lists those that there are.
+        ConfigError: no network has this name; the message lists the known ones.
     """
     if name not in _REGISTRY:
         raise ConfigError(f"weighting is {name!r}; known networks: {', '.join(weighting_names())}")

@@ -1,4 +1,4 @@
-"""A weight by direction: open where the input points the way of the edit's own prompt."""
+"""The ``cosine`` gate: open where the input has the direction of the edit's own prompt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .whitening import Whitening
 def gate(sharpness: float, match: Tensor, rank: int) -> Tensor:
     """``sigmoid(sharpness match)`` for every basis, ``(...) -> (..., r)``, and exactly 0 below 0.001.
 
-    There an update is nothing but noise; cut off, unrelated input leaves the model's output bit for bit as it was.
+    Below it an update is only noise. With the cut-off, unrelated input leaves the model's output bit for bit unchanged.
     """
     weight = torch.sigmoid(sharpness * match)
     weight = torch.where(weight < 1e-3, torch.zeros_like(weight), weight)
@@ -23,12 +23,12 @@ def gate(sharpness: float, match: Tensor, rank: int) -> Tensor:
 
 @register_weighting("cosine")
 class CosineWeighting(WeightingNetwork):
-    """``w(h) = sigmoid(a (cos(S(h - mu), e) - theta))``: open where the input points the edit's way (ours).
+    """``w(h) = sigmoid(a (cos(S(h - mu), e) - theta))``: open where the input has the edit's direction (ours).
 
     ``S`` whitens by the covariance of unrelated text (:class:`~baft_intervention.gates.whitening.Whitening`, shared by all
     edits), ``e`` is the whitened representation of the edit's own prompt, and ``theta`` is calibrated on the bank:
-    the similarity that only a share ``false_positive_rate`` of unrelated inputs exceeds, and never below ``floor``.
-    Nothing of it is trained: d + 1 stored numbers an edit. Edits compete by ``cos - theta``.
+    the similarity that only a share ``false_positive_rate`` of unrelated inputs exceeds, at least ``floor``.
+    Nothing is trained: d + 1 stored numbers an edit. Edits compete by ``cos - theta``.
 
     In raw coordinates all hidden states point the same way (a few huge common directions); whitened, an unrelated
     prompt has a cosine near 0 and a paraphrase one of 0.4 to 0.9 in late layers.
@@ -36,7 +36,7 @@ class CosineWeighting(WeightingNetwork):
     Args:
         sharpness: ``a``; at 60 a weight goes from 0.05 to 0.95 within a cosine of 0.1.
         false_positive_rate: share of the bank that may reach weight 0.5, in (0, 1).
-        floor: smallest ``theta``, for a bank that happens to hold nothing near the edit.
+        floor: smallest ``theta``, for a bank without anything near the edit.
     """
 
     routed = True
@@ -63,7 +63,7 @@ class CosineWeighting(WeightingNetwork):
             raise ConfigError(f"floor is {floor}; a cosine threshold must be in [-1, 1)")
         self.sharpness, self.false_positive_rate, self.floor = float(sharpness), false_positive_rate, floor
         self.whitening = Whitening(embed_dim)
-        self.register_buffer("key", torch.zeros(embed_dim))  # e / |e|; 0 = closed until started
+        self.register_buffer("key", torch.zeros(embed_dim))  # e / |e|; 0: closed until initialised
         self.register_buffer("threshold", torch.tensor(float(floor)))
 
     def match(self, h: Tensor, subject_score: Tensor | None = None) -> Tensor:

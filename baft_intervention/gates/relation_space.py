@@ -1,4 +1,4 @@
-"""The geometry of what is asked: coordinates in which one relation, put in other words of another subject, stays itself."""
+"""Relation space: coordinates in which a relation stays the same under another wording and another subject."""
 
 from __future__ import annotations
 
@@ -13,26 +13,25 @@ from torch.nn import functional as F
 class RelationSpace(nn.Module):
     """Directions of relations, and a dictionary of common ones.
 
-    A prompt's last token is given as ``x = u - c``, its whitened representation of length one with the subject's share taken
-    away. Its direction has two halves of equal length,
+    The input is ``x = u - c``: the whitened unit representation of a prompt's last token, minus the subject's share.
+    Its direction has two halves of equal length,
 
         phi(x) = [x / |x|,  y / |y|] / sqrt(2),      y = A^T (x - m).
 
-    The first half keeps all that is there: the relation, and also how it was put. The second keeps what tells relations apart
-    and forgets wording and subject: ``A (d, k)`` is linear discriminant analysis (Fisher; the within-class covariance
+    The first half keeps everything: the relation and its wording. The second keeps what tells relations apart and drops
+    wording and subject: ``A (d, k)`` is linear discriminant analysis (Fisher; the within-class covariance
     normalisation of speaker verification) of a dictionary in which every relation is asked of several subjects in several
-    forms (``training/relations.py``). With ``C_w`` the covariance of a relation's own prompts around their mean, shrunk,
+    forms (``training/relation_dictionary.py``). With ``C_w`` the covariance of a relation's own prompts around their mean, shrunk,
 
         A = C_w^(-1/2) V_k,      V_k the k leading right singular vectors of the relations' means times C_w^(-1/2).
 
-    ``rows (m, f, d + k)`` are the directions of the dictionary's relations in each of f forms: what an edit has to be told
-    from. A form of its own each, for a prompt is near the rows of its own form, whatever it asks. ``meanings (m, k)`` are the
-    relations themselves, means over all forms.
+    ``rows (m, f, d + k)`` are the directions of the dictionary's relations in each of f forms, the competitors of an edit.
+    Forms are kept apart because a prompt is near the rows of its own form, whatever its relation. ``meanings (m, k)`` are
+    means over all forms.
 
     Args:
         embed_dim: d.
-        components: k; where fewer can be had (a small model or dictionary), the remaining columns are 0. With 0 there is no
-            second half, and the first is all of ``phi``.
+        components: k; if a small model or dictionary has fewer, the remaining columns are 0. With 0, ``phi`` is the first half.
     """
 
     mean: Tensor
@@ -50,7 +49,7 @@ class RelationSpace(nn.Module):
 
     @property
     def share(self) -> float:
-        """Of the squared length, what the first half has."""
+        """The first half's share of the squared length."""
         return 0.5 if self.projection.shape[1] else 1.0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,16 +60,16 @@ class RelationSpace(nn.Module):
         return F.normalize((x - self.mean) @ self.projection, dim=-1)
 
     def same(self, direction: Tensor) -> Tensor:
-        """Cosines ``(..., d + k) -> (..., m)`` of what a direction means to what each relation of the dictionary means.
+        """Cosines ``(..., d + k) -> (..., m)`` of a direction's second half to the ``meanings`` of the dictionary's relations.
 
-        Of the first half, and the first form's rows, where there is no second.
+        Without a second half, cosines to the rows of the first form.
         """
         if not self.projection.shape[1]:
             return direction @ self.rows[:, 0].mT
         return direction[..., self.mean.shape[0] :] @ self.meanings.mT / self.share**0.5
 
     def nearest(self, direction: Tensor) -> Tensor:
-        """Cosines ``(..., d + k) -> (..., m)`` of a direction to each relation, in the form that is nearest to it."""
+        """Cosines ``(..., d + k) -> (..., m)`` of a direction to each relation, in its nearest form."""
         return (direction @ self.rows.flatten(0, 1).mT).unflatten(-1, self.rows.shape[:2]).amax(-1)
 
     @torch.no_grad()
@@ -85,7 +84,7 @@ class RelationSpace(nn.Module):
         competing: Sequence[int] = (0,),
         shrinkage: float = 0.3,
     ) -> RelationSpace:
-        """Set everything from the dictionary's prompts.
+        """Fit all buffers to the dictionary's prompts.
 
         Args:
             units: ``(N, d)`` whitened representations of length one.

@@ -1,4 +1,4 @@
-"""Weights that are fixed, or that a small trained network gives: ``constant``, ``linear``, ``mlp``."""
+"""Gates without data: ``constant`` is fixed, ``linear`` and ``mlp`` are trained."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class LinearWeighting(WeightingNetwork):
     """``w(h) = sigmoid(W norm(h) + c)``, one logistic unit for each basis: ``r (d + 1)`` parameters.
 
     The representation is layer-normed first (no parameters): a residual stream's size grows by orders of magnitude
-    along the layers, and an unscaled logit would saturate. Without a locality term nothing tells this gate what to
-    leave alone, and it settles near 0.7 on everything; give ``locality_coefficient`` (METHOD: unrelated locality of
-    54 against LoReFT's 44 on ZsRE at coefficient 1).
+    along the layers, and an unscaled logit would saturate. Without a locality term this gate cannot learn what to
+    leave alone and settles near 0.7 on every input; set ``locality_coefficient`` (at 1, unrelated locality on ZsRE is 54
+    against LoReFT's 44).
 
     Args:
         initial_weight: ``w`` at the start, in (0, 1); ``W`` starts small.

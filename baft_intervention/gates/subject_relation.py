@@ -1,4 +1,4 @@
-"""A weight that asks two questions: is it this subject, and is it this relation?"""
+"""The default gate, ``subject_relation``: is the prompt about the edit's subject, and does it ask for its relation?"""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .cosine import gate
 from .relation_space import RelationSpace
 from .whitening import Whitening
 
-_ANSWER_LIMIT = 0.85  # the same words in another sentence reach 0.9 to 1, other words 0.5
-_PARTS = 8  # tokens before the subject's last that are compared; names of more are rare
+_ANSWER_LIMIT = 0.85  # the same words in another sentence reach 0.9 to 1, other words reach 0.5
+_PARTS = 8  # tokens before the subject's last that are compared; longer names are rare
 _TEMPLATES = 8  # prompts in the edit's own words that are compared
-_LAST_LIMIT = 0.3  # of the last token alone: below it the others are not looked at
+_LAST_LIMIT = 0.3  # of the last token; below it the others are not compared
 _START_LAST_LIMIT = 0.9  # of the last of several tokens at the start of a text: the same tokens give 1
 _START_LIMIT = 0.85  # a word's forms ("Japan", "Japanese") reach 0.7 to 0.8 of each other at the start of a text
 
 
 class Directions(nn.Module):
-    """Vectors ``(m, d)`` that all edits share; none until fitted."""
+    """Directions ``(m, d)`` that all edits share; empty until fitted."""
 
     directions: Tensor
 
@@ -42,7 +42,7 @@ class Directions(nn.Module):
 class SubjectRelationWeighting(WeightingNetwork):
     """``w(h) = sigmoid(a min(subject, relation))``: open where the prompt is about the edit's subject *and* relation (ours).
 
-    The two questions are answered at different places of a language model (the measurements are in ``docs/tradeoff.md``).
+    A language model shows the two at different places (measurements in ``docs/tradeoff.md``).
 
     *Subject*: at the output of an early block, a token's whitened representation tells which entity it ends, anywhere in
     a prompt and whatever stands around it:
@@ -50,52 +50,52 @@ class SubjectRelationWeighting(WeightingNetwork):
         subject = c_last - theta_s                         for a subject of one token,
         subject = (c_last + mean_i c_i) / 2 - theta_n      for others,      c = max_t cos(S_early(h_t - mu), s),
 
-    ``s`` the subject's last token in the edit's own prompt, and ``s_i`` those before it, at most eight. One in a thousand
-    edits has a subject that ends on a word of any given question ("The Green *Ripper*"); none has all its words there. The first
-    token of a text looks like any other first token: where the edit's prompt begins with its subject, the subject is read inside
-    another prompt. A text that begins with it is known by a second key, the last token there: what precedes it is always the
-    same, so it is nearly the same vector (0.9; a single token 0.85, after the mean of common first words is taken away).
+    with ``s`` the subject's last token in the edit's own prompt and ``s_i`` the tokens before it, at most eight. One in a
+    thousand edits has a subject whose last word stands in a given unrelated question ("The Green *Ripper*"); none has all its
+    words there. The first token of a text looks like any other first token, so if the edit's prompt begins with its subject,
+    the subject is read inside another prompt. A second key recognises texts that begin with the subject: the same tokens
+    precede its last token there, so its vector is nearly the same (cosine 0.9; for a single token 0.85, after the mean of
+    common first words is subtracted).
 
-    A prompt that names the edit's answer behind its subject ("The capital of Japan, which is not Osaka, is") does not ask for it:
-    the edit stays closed where ``cos(S_early(h_t - mu), s') > 0.85`` for such a token, ``s'`` the answer's last token behind
-    the edit's own prompt.
+    A prompt that names the edit's answer after its subject ("The capital of Japan, which is not Osaka, is") does not ask for
+    it: the gate stays closed if ``cos(S_early(h_t - mu), s') > 0.85`` for a token there, with ``s'`` the answer's last token
+    after the edit's own prompt.
 
-    *Relation*: at the edited block, the last token's representation, the subject's share taken away, points the way of
-    what is asked. ``c`` is the mean over a few prompts about the same subject, ``phi`` the coordinates of a
-    :class:`~baft_intervention.gates.relation_space.RelationSpace`, in which a relation put in other words of another subject stays
-    itself, and ``V`` its dictionary of common relations (computed once a model):
+    *Relation*: at the edited block, the last token's representation minus the subject's share has the direction of the
+    relation. ``c`` is the mean over a few prompts about the same subject, ``phi`` the coordinates of a
+    :class:`~baft_intervention.gates.relation_space.RelationSpace`, in which a relation stays the same under another wording and
+    another subject, and ``V`` its dictionary of common relations (computed once a model):
 
         z = phi(u - c),  u = norm(S(h - mu)),      relation = z.e - max(theta_r, max_j z.V_j + margin),      e = z of the edit,
 
-    the nearest-neighbour question: is this prompt closer to the edit's than to any other relation? Rows of ``V`` that mean what
-    the edit means (``same_relation``) do not compete. A question is reworded as a question, and its rewordings are near it:
-    it takes a larger margin than a sentence left unfinished, whose rewordings end in any word. A request without a subject
-    has ``c = 0``, the plain cosine and no competitors, and ``theta_r`` is calibrated on prompts of its own kind: the dictionary's
+    a nearest-neighbour test: is this prompt closer to the edit's than to any other relation? Rows of ``V`` with the edit's
+    meaning (``same_relation``) do not compete. A question is reworded as a question, and its rewordings are near it, so it
+    takes a larger margin than an unfinished sentence, whose rewordings may end in any word. A request without a subject has
+    ``c = 0``, the plain cosine and no competitors; its ``theta_r`` is calibrated on prompts of its own kind: the dictionary's
     questions for a question, the bank and the dictionary's other forms for the rest.
 
-    A paraphrase says the same in other words; the same words but for the relation's name ("The mother of X is" for "The father
-    of X is") say something else, and lie nearer to the edit than any paraphrase. So an edit also knows its own sentence with
-    eight other relations in it, ``T_i``, and
+    A prompt in the edit's words but with another relation ("The mother of X is" for "The father of X is") lies nearer to the
+    edit than any paraphrase. So an edit also stores its own sentence with eight other relations in it, ``T_i``, and
 
         relation <= z.e - max_i z.T_i          where max_i z.T_i > same_sentence.
 
-    Of several edits that are open at one prompt that with the largest ``z.e + subject`` acts: of two about one subject the one in
-    the nearer words, of two in the same words the one whose subject is named in full.
+    If several edits are open at one prompt, the one with the largest ``z.e + subject`` acts: of two about one subject the one
+    with the nearer wording, of two with the same wording the one whose subject is named in full.
 
-    Nothing of it is trained: 21 d + 9 k + 13 stored numbers an edit.
+    Nothing is trained: 21 d + 9 k + 13 stored numbers an edit.
 
     Args:
         sharpness: ``a``.
-        subject_threshold: smallest ``theta_s``; raised where the bank calls for it.
+        subject_threshold: smallest ``theta_s``; the bank may raise it.
         name_threshold: ``theta_n``; at 0.56, seven in a million pairs of an edit and a question about something else pass.
         relation_threshold: smallest ``theta_r``.
-        margin: added to the competitors' similarity; larger is stricter, smaller more general.
+        margin: added to the competitors' similarity; a larger one is stricter, a smaller one more general.
         question_margin: the margin of an edit whose prompt is a question.
-        same_sentence: cosine to one of ``T`` from which a prompt is in the edit's own words; paraphrases reach 0.2 to 0.4. 1 leaves
-            this question out.
-        same_relation: cosine of the second halves from which a row of ``V`` means what the edit means.
-        components: ``k``; 0 leaves the second half out.
-        false_positive_rate: share of the bank that may pass each of the two questions.
+        same_sentence: cosine to one of ``T`` above which a prompt is in the edit's own words; paraphrases reach 0.2 to 0.4. 1
+            switches this test off.
+        same_relation: cosine of the second halves from which a row of ``V`` has the edit's meaning.
+        components: ``k``; 0 omits the second half.
+        false_positive_rate: share of the bank that may pass each of the two tests.
         read_depth: depth of the early block, as a fraction of all blocks.
     """
 
@@ -163,7 +163,7 @@ class SubjectRelationWeighting(WeightingNetwork):
         self.whitening, self.subject_whitening = Whitening(embed_dim), Whitening(embed_dim)
         self.relations = RelationSpace(embed_dim, components)
         self.starts = Directions(embed_dim)
-        self.register_buffer("key", torch.zeros(embed_dim + components))  # e; 0 = closed until started
+        self.register_buffer("key", torch.zeros(embed_dim + components))  # e; 0: closed until initialised
         self.register_buffer("centre", torch.zeros(embed_dim))  # c
         self.register_buffer("threshold", torch.tensor(float(relation_threshold)))  # theta_r
         self.register_buffer("margin", torch.tensor(float(margin)))
@@ -209,11 +209,13 @@ class SubjectRelationWeighting(WeightingNetwork):
             last - self.subject_limit,
         )
         named = torch.maximum(named, at_start)
-        named = torch.where(named > 0, named, torch.full_like(named, -1.0))  # nearly named is not named: edits are many
+        named = torch.where(
+            named > 0, named, torch.full_like(named, -1.0)
+        )  # nearly named is not named, for there are many edits
         return torch.where(self.has_subject > 0, named, subject_score)
 
     def _at_start(self, unit: Tensor) -> Tensor:
-        """Above 0 where the token ends a subject that begins the text: there its representation is always the same."""
+        """Positive if the token ends a subject at the start of the text, where its representation is always the same."""
         along = unit @ self.start_key
         longer = along - _START_LAST_LIMIT
         if len(self.starts.directions):  # the cosine of _first_word, from the same product
@@ -228,9 +230,9 @@ class SubjectRelationWeighting(WeightingNetwork):
         return F.normalize(self.subject_whitening(h), dim=-1) @ self.answer_key - _ANSWER_LIMIT
 
     def similarities(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``(z.e, max_j z.V_j, max_i z.T_i)`` of the relation question, ``(...)`` each.
+        """``(z.e, max_j z.V_j, max_i z.T_i)`` of the relation test, ``(...)`` each.
 
-        The second is -2 where nothing competes, the third 0 where the edit's sentence has no place for another relation.
+        The second is -2 if nothing competes, the third 0 if the edit's sentence has no place for another relation.
         """
         z = self._direction(h)  # (..., d + k)
         own, template = z @ self.key, (z @ self.template_keys.mT).amax(-1)

@@ -1,4 +1,4 @@
-"""The paper's linear gate, started where it can learn: from the edit's own representation, whitened by unrelated text."""
+"""The ``whitened`` gate: the paper's linear gate, initialised from the edit's whitened representation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .whitening import Whitening
 
 @register_weighting("whitened")
 class WhitenedWeighting(WeightingNetwork):
-    """``w(h) = sigmoid(W (h - mu) + c)``, one logistic unit for each basis, started from whitened data (ours).
+    """``w(h) = sigmoid(W (h - mu) + c)``, one logistic unit for each basis, initialised from whitened data (ours).
 
     With ``S`` the whitening by unrelated text and ``e`` the edit's own representation, every row of ``W`` starts at
 
@@ -25,7 +25,7 @@ class WhitenedWeighting(WeightingNetwork):
     edit, and ``theta`` is calibrated so that a share ``false_positive_rate`` of the bank has a positive one (never below
     ``floor``). ``W`` and ``c`` are trained from there: ``r (d + 1)`` parameters. Edits compete by the mean logit over ``a``.
 
-    Unlike a cosine it grows with the size of ``h``, and its rows may part from one another in training.
+    Unlike a cosine, the logit grows with the size of ``h``, and training may move the rows apart.
 
     Args:
         sharpness: ``a``.
@@ -56,7 +56,7 @@ class WhitenedWeighting(WeightingNetwork):
         self.sharpness, self.false_positive_rate, self.floor = float(sharpness), false_positive_rate, floor
         self.whitening = Whitening(embed_dim)
         self.weight = nn.Parameter(torch.zeros(rank, embed_dim))
-        self.bias = nn.Parameter(torch.full((rank,), -float(sharpness)))  # closed until started
+        self.bias = nn.Parameter(torch.full((rank,), -float(sharpness)))  # closed until initialised
 
     def _logits(self, h: Tensor) -> Tensor:
         return F.linear(h - self.whitening.mean, self.weight, self.bias)  # (..., r)

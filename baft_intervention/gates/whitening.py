@@ -1,4 +1,4 @@
-"""Whitening by unrelated text: the geometry in which a gate can tell one input from another."""
+"""Whitening by unrelated text: coordinates in which a gate can tell inputs apart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From requests to jobs: encoding them, seeding their maps, and starting their weighting networks from data."""
+"""From requests to jobs: encode them, seed their maps, and initialise their gates from data."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .relation_dictionary import (
 
 
 def shared_context(network: WeightingNetwork, bank: Bank, layer: int, read_layer: int | None) -> SharedContext | None:
-    """What ``network.fit_shared`` gets beside the bank of its layer."""
+    """Data for ``network.fit_shared`` beside the bank of its layer; None for a network that reads no subject."""
     if not network.reads_subject or read_layer is None:
         return None
     design = torch.tensor([asked[1:] for asked in dictionary()])  # (N, 3)
@@ -72,15 +72,14 @@ def make_jobs(
         jobs.append(Job(tuple(group), rows, maps))
     if not jobs:
         return jobs
-    start_weightings(model, tokenizer, layers, jobs, bank)
+    initialise_gates(model, tokenizer, layers, jobs, bank)
     return [augmented(tokenizer, config, job) for job in jobs] if config.augmentations else jobs
 
 
 def augmented(tokenizer: Any, config: BaftConfig, job: Job) -> Job:
-    """The job with ``config.augmentations`` more rows a request: its prompt behind one of :data:`~.relations.OPENINGS`.
+    """The job with ``config.augmentations`` more rows a request: its prompt after one of the dictionary's ``OPENINGS``.
 
-    A hard positive: what is asked is the same, the token that is edited has another past. Which openings, is a matter of the
-    job's seed.
+    These are hard positives: the question is the same, and the edited token has another past. The job's seed picks the openings.
     """
     generator = torch.Generator().manual_seed(edit_seed(config.seed, job.requests))
     rows = list(job.rows)
@@ -92,8 +91,8 @@ def augmented(tokenizer: Any, config: BaftConfig, job: Job) -> Job:
     return dataclasses.replace(job, rows=tuple(rows))
 
 
-def start_weightings(model: nn.Module, tokenizer: Any, layers: Sequence[int], jobs: Sequence[Job], bank: Bank) -> None:
-    """Start the jobs' weighting networks from their requests, where they start from data."""
+def initialise_gates(model: nn.Module, tokenizer: Any, layers: Sequence[int], jobs: Sequence[Job], bank: Bank) -> None:
+    """Initialise the jobs' weighting networks from their requests, if the networks use data."""
     network = jobs[0].maps[layers[0]].weighting
     if type(network).initialise is WeightingNetwork.initialise:
         return
@@ -118,7 +117,7 @@ def start_weightings(model: nn.Module, tokenizer: Any, layers: Sequence[int], jo
 def edit_contexts(
     model: nn.Module, tokenizer: Any, jobs: Sequence[Job], layers: Sequence[int], read_layer: int, bank: Bank
 ) -> list[dict[int, EditContext] | None]:
-    """For each job ``layer -> EditContext``, or None where a request names no subject that stands once in its prompt."""
+    """For each job ``layer -> EditContext``, or None if a request's subject does not occur exactly once in its prompt."""
     rows: list[list[int]] = []
     columns: list[list[int]] = []
     asked: list[list[int]] = []
@@ -199,7 +198,7 @@ def edit_contexts(
 
 
 def _subject_and_last(tokenizer: Any, prompt: str, ids: Sequence[int], subject: str | None) -> list[int]:
-    """Columns of the subject's tokens and of the last one; of the last alone where the subject cannot be told from the prompt."""
+    """Columns of the subject's tokens and of the last one; only the last if the subject is not found in the prompt."""
     try:
         return [*prompt_positions(_SUBJECT_ALL, tokenizer, prompt, ids, subject), len(ids) - 1]
     except PositionError:
@@ -207,13 +206,13 @@ def _subject_and_last(tokenizer: Any, prompt: str, ids: Sequence[int], subject: 
 
 
 def _inside(subject: str) -> str:
-    """A subject as it is written inside a sentence: "The telephone" is "the telephone" there."""
+    """A subject as written inside a sentence: "The telephone" becomes "the telephone"."""
     article, space, rest = subject.partition(" ")
     return article.lower() + space + rest if space and article in ("The", "A", "An") else subject
 
 
 def _strangers(bank: Bank, layer: int, job: Job) -> Tensor | None:
-    """What a job without a subject is calibrated on, ``(N, d)``: prompts of its own kind, for one question is like another."""
+    """Unrelated prompts ``(N, d)`` of a job's own kind, to calibrate one without a subject: questions resemble each other."""
     if layer not in bank.relations:
         return bank.unrelated.get(layer)
     question = _is_question(job)

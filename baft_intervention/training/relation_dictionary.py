@@ -1,8 +1,7 @@
-"""Common relations and subjects: what else could be asked about an edit's subject, and in which words.
+"""The relation dictionary: common relations, each asked of common subjects in several forms.
 
-From these the library makes its hard negatives and hard positives: the relation dictionary (each relation asked of common
-subjects in several forms, once a model) and an edit's own centre (a few relations asked of its subject). General
-vocabulary, ours; no benchmark was read to write it.
+The gate takes its hard negatives from it (other relations, once a model) and an edit's centre (a few relations asked of its
+own subject). The vocabulary is general and ours; no benchmark was read to write it.
 """
 
 from __future__ import annotations
@@ -150,16 +149,21 @@ OPENINGS = (
     "There are several reasons for this.",
     "After dinner they played cards.",
     "A new bridge is being built.",
-)  # what may stand before a question, and is not about it
-CENTRE_RELATIONS = ("purpose", "cause of death", "capital", "location")  # far apart: their mean is the subject's share
+)  # sentences that can stand before a prompt and are unrelated to it
+CENTRE_RELATIONS = (
+    "purpose",
+    "cause of death",
+    "capital",
+    "location",
+)  # far apart, so their mean is the subject's share
 TEMPLATE_RELATIONS = ("father", "mother", "spouse", "country", "occupation", "employer", "school", "team")
-COMPETING_FORMS = (0, 3, 5)  # of forms(): those in which a relation is called by its name
+COMPETING_FORMS = (0, 3, 5)  # of forms(): those that call a relation by its name
 QUESTION_FORM = 1
 SUBJECTS_A_FORM = 4
 
 
 class Asked(NamedTuple):
-    """A prompt of the dictionary: its text, and the numbers of its relation, form and subject."""
+    """A prompt of the dictionary: its text, and the indices of its relation, form and subject."""
 
     text: str
     relation: int
@@ -178,7 +182,7 @@ def ask_in_chat(relation: str, subject: str) -> str:
 
 
 def forms(relation: int, subject: str, opening: str) -> tuple[str, ...]:
-    """The ways in which a relation is asked of a subject; the first is :func:`ask`'s."""
+    """All forms in which a relation is asked of a subject; the first is :func:`ask`'s."""
     noun, question, unfinished = RELATIONS[relation]
     return (
         ask(noun, subject),
@@ -192,7 +196,7 @@ def forms(relation: int, subject: str, opening: str) -> tuple[str, ...]:
 
 
 def dictionary() -> list[Asked]:
-    """Every relation in every form, each of :data:`SUBJECTS_A_FORM` subjects that change with relation and form."""
+    """Every relation in every form, each with :data:`SUBJECTS_A_FORM` subjects that vary with relation and form."""
     found, count = [], len(COMMON_SUBJECTS)
     for relation in range(len(RELATIONS)):
         for form in range(len(forms(relation, "", ""))):
@@ -205,11 +209,11 @@ def dictionary() -> list[Asked]:
 
 
 def in_its_template(prompt: str, subject: str) -> tuple[tuple[int, str], ...]:
-    """The prompt with other relations in its place: ``(number, text)`` of each of :data:`TEMPLATE_RELATIONS`; no question.
+    """The prompt with other relations in place of its own: ``(index, text)`` for each of :data:`TEMPLATE_RELATIONS`.
 
-    "The award that Ada Baker won is" gives "The father that Ada Baker won is": not English, but it differs from the prompt in
-    what is asked and in nothing else. The place is the words between the last "the" and the subject, or behind "'s"; a prompt
-    that has none ("Ada Baker works as") gives nothing.
+    "The award that Ada Baker won is" gives "The father that Ada Baker won is": not English, but only the relation differs.
+    The relation is the words between the last "the" and the subject, or after "'s". A question, and a prompt without such
+    words ("Ada Baker works as"), gives nothing.
     """
     place = None if prompt.rstrip().endswith("?") else _place(prompt, subject)
     if place is None:
@@ -221,7 +225,7 @@ def in_its_template(prompt: str, subject: str) -> tuple[tuple[int, str], ...]:
 
 
 def _place(prompt: str, subject: str) -> tuple[int, int] | None:
-    """Where the relation's name stands in a prompt; None where it cannot be told."""
+    """Begin and end of the relation's name in a prompt; None if it cannot be found."""
     name = re.escape(subject)
     found = re.search(
         rf"\b[Tt]he ((?:(?!the\b)[\w'-]+ )*?(?!the\b)[\w'-]+)(?: (?:of|that|which|who|in|for|to))? (?:the )?{name}",

@@ -138,8 +138,8 @@ def test_a_subject_is_found_by_its_characters(prompt: str, subject: str, add_bos
         ("Rome is Rome, is it", "Rome", "'Rome' occurs 2 times in the prompt 'Rome is Rome, is it'"),
         ("anana", "ana", "'ana' occurs 2 times in the prompt 'anana'"),
         ("The capital of France is", "france", "'france' does not occur"),
-        ("The capital of France is", None, "'The capital of France is' comes without a subject"),
-        ("The capital of France is", "", "comes without a subject"),
+        ("The capital of France is", None, "'The capital of France is' has no subject"),
+        ("The capital of France is", "", "has no subject"),
     ],
 )
 def test_a_subject_that_is_not_there_once_is_named_with_its_prompt(

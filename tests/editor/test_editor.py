@@ -235,7 +235,7 @@ FAILING = {
         "edits.json:3: .*the subject 'Japan' does not occur in the prompt 'The capital of France is'",
     ),
     "subject twice in the prompt": ([TWICE], {"positions": "subject_all"}, PositionError, "'Leo' occurs 2 times"),
-    "no subject": ([NAMELESS], {"positions": "subject"}, PositionError, "comes without a subject"),
+    "no subject": ([NAMELESS], {"positions": "subject"}, PositionError, "has no subject"),
 }  # fmt: skip
 
 

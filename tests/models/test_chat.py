@@ -95,7 +95,7 @@ def test_a_request_may_be_a_conversation():
     assert "messages" not in FRANCE.to_dict()
     with pytest.raises(RequestError, match="a conversation already"):
         rendered.as_chat()
-    with pytest.raises(RequestError, match="chat_template is given, but the prompt is no conversation"):
+    with pytest.raises(RequestError, match="chat_template is given, but the prompt is not a conversation"):
         EditRequest("a", "b", chat_template=TEMPLATE)
     with pytest.raises(RequestError, match="prompt is a conversation, and messages are given too"):
         EditRequest(ASK, "b", messages=ASK)  # pyright: ignore[reportArgumentType]
