@@ -40,7 +40,7 @@ from baft_intervention.evaluation.aggregate import aggregate
 from baft_intervention.evaluation.baseline_outputs import BaselineCache, default_cache_folder
 from baft_intervention.evaluation.edited import EditedModel
 from baft_intervention.evaluation.methods import make_method
-from baft_intervention.evaluation.record_metrics import judge
+from baft_intervention.evaluation.record_metrics import record_metrics
 from baft_intervention.evaluation.scoring import Scorer
 from baft_intervention.models.loading import load_model
 from baft_intervention.requests import EditRequest, Probe
@@ -216,7 +216,7 @@ def run_stream(name: str, scorer: Scorer, parts: Mapping[str, Sequence[EditReque
 
 def asked(part: str, request: EditRequest, scorer: Scorer, edited: EditedModel) -> dict[str, float | None]:
     """A record's metrics on the edited model."""
-    metrics, _ = judge(scorer.plan(request), scorer.score(edited, [request])[0])
+    metrics, _ = record_metrics(scorer.queries(request), scorer.score(edited, [request])[0])
     metrics["same_subject"] = metrics.get("locality/same_subject")
     if part in ("zsre", "counterfact"):
         metrics["locality"] = metrics.get("locality/neighborhood")

@@ -40,7 +40,7 @@ from baft_intervention.errors import BaftError
 from baft_intervention.evaluation.aggregate import aggregate
 from baft_intervention.evaluation.baseline_outputs import BaselineCache, default_cache_folder
 from baft_intervention.evaluation.methods import make_method
-from baft_intervention.evaluation.record_metrics import judge
+from baft_intervention.evaluation.record_metrics import record_metrics
 from baft_intervention.evaluation.scoring import Scorer
 from baft_intervention.models.loading import load_model
 from baft_intervention.requests import EditRequest, Probe
@@ -201,7 +201,7 @@ def ask(scorer: Scorer, edited: Any, sample: Sequence[EditRequest]) -> dict[str,
     for begin in range(0, len(sample), 16):
         part = sample[begin : begin + 16]
         for request, scores in zip(part, scorer.score(edited, part), strict=True):
-            metrics, _ = judge(scorer.plan(request), scores)
+            metrics, _ = record_metrics(scorer.queries(request), scores)
             rows.append({name: metrics.get(name) for name in SHOWN})
     table = aggregate(rows)
     return {name: table[name]["mean"] if name in table else None for name in SHOWN}

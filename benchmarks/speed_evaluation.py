@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(model: Any, tokenizer: Any, method: Any, requests: Sequence[Any]) -> dict[str, Any]:
     """Times of both ways, their ratio, and the largest difference of any value."""
     scorer = Scorer(model, tokenizer)
-    queries = [scorer.plan(r).queries for r in requests]
+    queries = [scorer.queries(r).queries for r in requests]
     begin = time.perf_counter()
     scorer.prepare(requests)
     prior_seconds = time.perf_counter() - begin

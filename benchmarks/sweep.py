@@ -29,7 +29,7 @@ from baft_intervention.errors import BaftError
 from baft_intervention.evaluation.baseline_outputs import BaselineCache, default_cache_folder
 from baft_intervention.evaluation.methods import make_method
 from baft_intervention.evaluation.metrics import mean
-from baft_intervention.evaluation.record_metrics import judge
+from baft_intervention.evaluation.record_metrics import record_metrics
 from baft_intervention.evaluation.scoring import Scorer
 from baft_intervention.models.loading import load_model
 from baft_intervention.requests import EditRequest
@@ -127,7 +127,7 @@ def try_settings(
                 except BaftError as error:
                     print(f"failed: {error}", file=sys.stderr)
                 own["seconds"].append(time.perf_counter() - begin)
-                metrics, _ = judge(scorer.plan(request), scorer.score(edited, [request])[0])
+                metrics, _ = record_metrics(scorer.queries(request), scorer.score(edited, [request])[0])
                 for name in SHOWN:
                     own[name].append(metrics.get(name))
             for name, values in own.items():

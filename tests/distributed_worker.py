@@ -23,7 +23,7 @@ from baft_intervention.editor.editor import BaftEditor
 from baft_intervention.errors import EditError
 from baft_intervention.evaluation import protocols
 from baft_intervention.evaluation.methods import make_method
-from baft_intervention.evaluation.protocols import Generation, Plan, run_protocol
+from baft_intervention.evaluation.protocols import Generation, ProtocolSettings, run_protocol
 from baft_intervention.evaluation.scoring import Scorer
 from baft_intervention.models.fingerprint import model_fingerprint
 from baft_intervention.models.structure import find_blocks
@@ -168,20 +168,20 @@ def sharded(_folder: Path) -> dict[str, Any]:
 
 
 CONFIG = {"rank": 4, "learning_rate": 0.05, "steps": 6}
-PLANS = {
-    "single": Plan("single", generation=Generation(fluency_tokens=6, margin=2)),
-    "batched": Plan("batched", batch_size=2),
-    "sequential_immediate": Plan("sequential_immediate"),
-    "sequential_final": Plan("sequential_final", checkpoints=(2,)),
+PROTOCOLS = {
+    "single": ProtocolSettings("single", generation=Generation(fluency_tokens=6, margin=2)),
+    "batched": ProtocolSettings("batched", batch_size=2),
+    "sequential_immediate": ProtocolSettings("sequential_immediate"),
+    "sequential_final": ProtocolSettings("sequential_final", checkpoints=(2,)),
 }
 
 
 def evaluated(folder: Path, *names: str) -> dict[str, Any]:
     """Every protocol on seven records, with this library's editor."""
     model, tokenizer = tiny_model(), tiny_tokenizer()
-    for name in names or PLANS:
+    for name in names or PROTOCOLS:
         method = make_method("baft", {"config": CONFIG})
-        run_protocol(Scorer(model, tokenizer), method, make_requests(7), PLANS[name], folder / name, progress=False)
+        run_protocol(Scorer(model, tokenizer), method, make_requests(7), PROTOCOLS[name], folder / name, progress=False)
     return {}
 
 

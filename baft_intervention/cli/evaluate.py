@@ -98,7 +98,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     """Run an evaluation and show its summary."""
     import torch
 
-    from ..evaluation.protocols import Generation, Plan
+    from ..evaluation.protocols import Generation, ProtocolSettings
     from ..evaluation.runner import evaluate
     from ..runtime.distributed import is_main, processes
 
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
             model=args.model,
             task=args.task,
             settings=_assignments(args.set, "--set"),
-            plan=Plan(args.protocol, args.batch_size, args.checkpoints, args.seed, generation),
+            protocol=ProtocolSettings(args.protocol, args.batch_size, args.checkpoints, args.seed, generation),
             limit=args.limit,
             skip_bad=args.skip_bad,
             options=_assignments(args.option, "--option"),

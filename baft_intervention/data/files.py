@@ -30,7 +30,7 @@ SUFFIXES = (".json", *JSON_LINES_SUFFIXES, *CSV_SUFFIXES)
 
 
 @dataclass(frozen=True)
-class Row:
+class RawRecord:
     """One raw record: its value, and its place (``record 3`` counts from 0, ``line 4`` from 1).
 
     ``error`` is set where the row itself could not be parsed (a broken JSON line); ``value`` is then ``None``.
@@ -57,7 +57,7 @@ class Table:
 
     name: str
     origin: str
-    rows: tuple[Row, ...]
+    rows: tuple[RawRecord, ...]
     document: Any = None
     sha256: str = ""
     path: str = ""
@@ -131,7 +131,7 @@ def _loads(text: str) -> Any:
         raise json.JSONDecodeError(str(error), text, 0) from None
 
 
-def _json_rows(text: str, name: str) -> tuple[tuple[Row, ...], Any]:
+def _json_rows(text: str, name: str) -> tuple[tuple[RawRecord, ...], Any]:
     try:
         document = _loads(text)
     except json.JSONDecodeError as error:
@@ -142,7 +142,7 @@ def _json_rows(text: str, name: str) -> tuple[tuple[Row, ...], Any]:
         place = f"{name}, line {error.lineno}, column {error.colno}"
         raise DataError(f"{place}: not valid JSON ({error.msg}); {mend}") from None
     if isinstance(document, list):
-        return tuple(Row(value, f"record {i}") for i, value in enumerate(document)), None
+        return tuple(RawRecord(value, f"record {i}") for i, value in enumerate(document)), None
     if isinstance(document, dict):
         return (), document
     raise DataError(
@@ -160,25 +160,25 @@ def _looks_like_lines(text: str) -> bool:
         return False
 
 
-def _line_rows(text: str) -> tuple[Row, ...]:
+def _line_rows(text: str) -> tuple[RawRecord, ...]:
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            rows.append(Row(_loads(line), f"line {number}"))
+            rows.append(RawRecord(_loads(line), f"line {number}"))
         except json.JSONDecodeError as error:
             problem = f"column {error.colno}: not valid JSON ({error.msg}); one complete object a line is expected"
-            rows.append(Row(None, f"line {number}", problem))
+            rows.append(RawRecord(None, f"line {number}", problem))
     return tuple(rows)
 
 
-def _csv_rows(text: str, name: str, delimiter: str | None) -> tuple[Row, ...]:
+def _csv_rows(text: str, name: str, delimiter: str | None) -> tuple[RawRecord, ...]:
     if delimiter is None:  # spreadsheets of half the world write semicolons
         head = text.lstrip("\r\n").split("\n", 1)[0]
         delimiter = max(",;\t", key=head.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
-    rows: list[Row] = []
+    rows: list[RawRecord] = []
     header: list[str] | None = None
     start = 1
     try:
@@ -199,10 +199,10 @@ def _csv_rows(text: str, name: str, delimiter: str | None) -> tuple[Row, ...]:
                     )
             elif len(cells) > len(header):
                 problem = f"{len(cells)} cells, but the header names {len(header)} columns; quote a text that holds {delimiter!r}"
-                rows.append(Row(None, f"line {number}", problem))
+                rows.append(RawRecord(None, f"line {number}", problem))
             else:
                 values = [cell or None for cell in cells] + [None] * (len(header) - len(cells))
-                rows.append(Row(dict(zip(header, values, strict=True)), f"line {number}"))
+                rows.append(RawRecord(dict(zip(header, values, strict=True)), f"line {number}"))
     except csv.Error as error:
         raise DataError(
             f"{name}, line {start}: not valid CSV ({error}); close every quote, or save the file as JSON"
@@ -210,8 +210,8 @@ def _csv_rows(text: str, name: str, delimiter: str | None) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def rows_of_values(values: Iterable[Any]) -> tuple[Row, ...]:
-    return tuple(Row(value, f"record {i}") for i, value in enumerate(values))
+def rows_of_values(values: Iterable[Any]) -> tuple[RawRecord, ...]:
+    return tuple(RawRecord(value, f"record {i}") for i, value in enumerate(values))
 
 
 def kind_of(value: object) -> str:

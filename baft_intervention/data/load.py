@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import DataError, RequestError
 from ..requests import EditRequest
-from .files import Row, Table, read_file, rows_of_values, sha256_of_rows
+from .files import RawRecord, Table, read_file, rows_of_values, sha256_of_rows
 from .hub import hub_split, is_dataset, is_hub_id, read_dataset, read_hub
 from .record import Record
 from .registry import Format, choose_format, record_requests, resolve_options
@@ -62,14 +62,8 @@ class LoadedData:
 
     @property
     def cases(self) -> tuple[tuple[EditRequest, ...], ...]:
-        """Requests that must be applied together: neighbours of one ``case_id``, and every other request alone."""
-        found: list[list[EditRequest]] = []
-        for request in self.requests:
-            if found and request.case_id and found[-1][0].case_id == request.case_id:
-                found[-1].append(request)
-            else:
-                found.append([request])
-        return tuple(map(tuple, found))
+        """Requests that are applied together, see :func:`case_indices`."""
+        return tuple(tuple(self.requests[i] for i in case) for case in case_indices(self.requests))
 
     def probe_counts(self) -> dict[str, int]:
         """Probes by ``kind/group``, sorted."""
@@ -119,6 +113,17 @@ class LoadedData:
             "requests_sha256": ids,
             "probes": self.probe_counts(),
         }
+
+
+def case_indices(requests: Sequence[EditRequest]) -> list[tuple[int, ...]]:
+    """Indices of the requests that are applied together: neighbours with one non-empty ``case_id``; else one by one."""
+    cases: list[list[int]] = []
+    for i, request in enumerate(requests):
+        if cases and request.case_id and requests[cases[-1][-1]].case_id == request.case_id:
+            cases[-1].append(i)
+        else:
+            cases.append([i])
+    return [tuple(case) for case in cases]
 
 
 def _wordings(request: EditRequest) -> tuple[str, ...]:
@@ -255,7 +260,7 @@ def parse_table(
     rows = table.rows
     if table.document is not None:
         inner = fmt.rows(table.document)
-        rows = rows_of_values(inner) if inner is not None else (Row(table.document, "record 0"),)
+        rows = rows_of_values(inner) if inner is not None else (RawRecord(table.document, "record 0"),)
         raw = [row.value for row in rows]
         if not rows:
             raise DataError(f"{table.name} holds no records")
@@ -281,7 +286,7 @@ def parse_table(
 def _read_row(
     fmt: Format,
     table: Table,
-    row: Row,
+    row: RawRecord,
     position: int,
     raw: Sequence[Any],
     options: Mapping[str, Any],

@@ -29,7 +29,7 @@ from typing import Any, TypeGuard
 
 from ..errors import DataError, RequestError
 from ..requests import EditRequest, Probe, ProbeKind
-from .files import Row, Table, kind_of
+from .files import RawRecord, Table, kind_of
 
 DROPPED_PROBE = "probe without an answer dropped"
 SUBJECT_ABSENT = "subject not in prompt"
@@ -64,7 +64,9 @@ class Record:
     notes: Counter[str] = field(default_factory=Counter)
 
     @classmethod
-    def of_row(cls, table: Table, row: Row, position: int, siblings: Sequence[Any], notes: Counter[str]) -> Record:
+    def of_row(
+        cls, table: Table, row: RawRecord, position: int, siblings: Sequence[Any], notes: Counter[str]
+    ) -> Record:
         """The record of one row.
 
         Raises:

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from ..errors import DataError
 from ..requests import EditRequest, Probe
-from .files import SUFFIXES, Row, Table, decode, read_file, rows_of_values, sha256_of_rows
+from .files import SUFFIXES, RawRecord, Table, decode, read_file, rows_of_values, sha256_of_rows
 from .record import Record, shown
 from .zsre_mend import plain_question
 
@@ -99,7 +99,7 @@ def _read_lines(path: Path) -> Table:
     except (OSError, ValueError) as error:
         raise DataError(f"{name}: cannot be read ({error}); give a file of questions") from None
     lines = decode(raw, name).split("\n")
-    rows = tuple(Row(line.strip(), f"line {i}") for i, line in enumerate(lines, 1) if line.strip())
+    rows = tuple(RawRecord(line.strip(), f"line {i}") for i, line in enumerate(lines, 1) if line.strip())
     if not rows:
         raise DataError(f"{name} is empty; give one question a line")
     return Table(name, path.name, rows, sha256=hashlib.sha256(raw).hexdigest(), path=name)

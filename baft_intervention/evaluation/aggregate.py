@@ -57,12 +57,3 @@ def bootstrap_interval(
     tail = (1 - level) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
-
-
-def paired_difference(
-    a: Sequence[float | None], b: Sequence[float | None], *, seed: int = 0, resamples: int = 1000
-) -> dict[str, float | int | None]:
-    """Mean of ``a - b`` over the records that have both values, with its bootstrap interval."""
-    differences = [x - y for x, y in zip(a, b, strict=True) if x is not None and y is not None]
-    low, high = bootstrap_interval(differences, seed=seed, stream="paired", resamples=resamples)
-    return {"mean": mean(differences), "n": len(differences), "ci_low": low, "ci_high": high}

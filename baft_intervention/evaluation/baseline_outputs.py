@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ..environment import cache_folder
-from .queries import Query, Row
+from .queries import Query, TokenRow
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class BaselineOutputs:
     as_tuple: bool = False
 
 
-def baseline_key(queries: list[Query], rows: list[Row], settings: dict[str, Any]) -> str:
+def baseline_key(queries: list[Query], rows: list[TokenRow], settings: dict[str, Any]) -> str:
     """sha256 (hex) over what the answers depend on.
 
     Args:
@@ -72,10 +72,10 @@ def code_version() -> str:
 
 
 class BaselineCache:
-    """Priors by key, in a folder, or in memory where none is given.
+    """Baseline outputs by key: in a folder, or in memory where none is given.
 
     Args:
-        folder: of the files; made at first use. In memory only the latest priors keep their block inputs, which are
+        folder: of the files; made at first use. In memory only the latest ones keep their block inputs, which are
             nearly all of the size; without them an edited model computes all its blocks.
         blocks_in_memory: how many.
     """
@@ -91,7 +91,7 @@ class BaselineCache:
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def get(self, key: str, queries: list[Query], *, blocks: Sequence[int] = ()) -> BaselineOutputs | None:
-        """The prior under a key; ``None`` where there is none, or where its file is damaged.
+        """The outputs under a key, or ``None`` where there are none or the file is damaged.
 
         Args:
             key: of :func:`baseline_key`.
@@ -127,7 +127,7 @@ class BaselineCache:
         )
 
     def put(self, key: str, baseline: BaselineOutputs) -> None:
-        """Keep a prior under its key."""
+        """Keep outputs under their key."""
         if self.folder is None:
             self._memory[key] = baseline
             self._with_blocks.append(key)

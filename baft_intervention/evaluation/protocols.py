@@ -35,21 +35,22 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from ..data.load import case_indices
 from ..errors import BaftError, ConfigError, EditError
 from ..models.chat import render_request
 from ..requests import EditRequest
 from ..runtime import distributed
 from .edited import EditedModel
 from .methods import Method
-from .queries import Question, RecordPlan
-from .record_metrics import judge
+from .queries import Question, RecordQueries
+from .record_metrics import record_metrics
 from .records import RecordFile, dump_line
 from .scoring import QueryScore, Scorer
 
 logger = logging.getLogger(__name__)
 
-Protocol = Literal["single", "batched", "sequential_immediate", "sequential_final"]
-PROTOCOLS: tuple[str, ...] = get_args(Protocol)
+ProtocolName = Literal["single", "batched", "sequential_immediate", "sequential_final"]
+PROTOCOLS: tuple[str, ...] = get_args(ProtocolName)
 DEFAULT_CHECKPOINTS = (1, 10, 100, 1000)
 _GROUP = 16  # records that are scored together where many are asked at once
 _TURNS = 4  # units of each of several processes between two meetings: a kill costs so much, and no rank waits long
@@ -75,26 +76,26 @@ class Generation:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ProtocolSettings:
     """How a run proceeds.
 
     Args:
-        protocol: one of :data:`PROTOCOLS`.
+        name: one of :data:`PROTOCOLS`.
         batch_size: of ``batched``.
         checkpoints: of ``sequential_final``; the number of all edits is added.
         seed: of sampled texts (the method has its own).
         generation: see :class:`Generation`.
     """
 
-    protocol: Protocol = "single"
+    name: ProtocolName = "single"
     batch_size: int = 10
     checkpoints: tuple[int, ...] = DEFAULT_CHECKPOINTS
     seed: int = 0
     generation: Generation = field(default_factory=Generation)
 
     def __post_init__(self) -> None:
-        if self.protocol not in PROTOCOLS:
-            raise ConfigError(f"protocol is {self.protocol!r}; it must be one of {', '.join(PROTOCOLS)}")
+        if self.name not in PROTOCOLS:
+            raise ConfigError(f"protocol is {self.name!r}; it must be one of {', '.join(PROTOCOLS)}")
         if self.batch_size < 1:
             raise ConfigError(f"batch_size is {self.batch_size}; it must be at least 1")
         if any(t < 1 for t in self.checkpoints):
@@ -118,31 +119,20 @@ class Stage:
     checkpoint: int | None = None
 
 
-def cases_of(requests: Sequence[EditRequest]) -> list[tuple[int, ...]]:
-    """Indices of requests that are applied together: neighbours with one non-empty ``case_id``."""
-    cases: list[list[int]] = []
-    for i, request in enumerate(requests):
-        if cases and request.case_id and requests[cases[-1][-1]].case_id == request.case_id:
-            cases[-1].append(i)
-        else:
-            cases.append([i])
-    return [tuple(c) for c in cases]
-
-
-def stages_of(requests: Sequence[EditRequest], plan: Plan) -> list[Stage]:
+def stages_of(requests: Sequence[EditRequest], protocol: ProtocolSettings) -> list[Stage]:
     """The whole run, in order."""
-    cases = cases_of(requests)
-    if plan.protocol in ("single", "sequential_immediate"):
-        return [Stage(plan.protocol == "single", (case,), case) for case in cases]
-    if plan.protocol == "batched":
+    cases = case_indices(requests)
+    if protocol.name in ("single", "sequential_immediate"):
+        return [Stage(protocol.name == "single", (case,), case) for case in cases]
+    if protocol.name == "batched":
         batches: list[list[int]] = [[]]
         for case in cases:
-            if batches[-1] and len(batches[-1]) + len(case) > plan.batch_size:
+            if batches[-1] and len(batches[-1]) + len(case) > protocol.batch_size:
                 batches.append([])
             batches[-1].extend(case)
         return [Stage(True, (tuple(b),), tuple(b)) for b in batches if b]
     stages, waiting, done = [], [], 0
-    marks = sorted({t for t in plan.checkpoints if t < len(requests)})
+    marks = sorted({t for t in protocol.checkpoints if t < len(requests)})
     for case in cases:
         waiting.append(case)
         done += len(case)
@@ -156,7 +146,7 @@ def run_protocol(
     scorer: Scorer,
     method: Method,
     requests: Sequence[EditRequest],
-    plan: Plan,
+    protocol: ProtocolSettings,
     folder: str | Path,
     *,
     progress: bool = True,
@@ -167,12 +157,12 @@ def run_protocol(
         scorer: of the base model, which must be unedited.
         method: the editor.
         requests: the records.
-        plan: protocol and its settings.
+        protocol: protocol and its settings.
         folder: where the files are; those of a cut run of the same settings are continued.
         progress: show a bar with the time left.
     """
     requests = [render_request(scorer.tokenizer, request) for request in requests]
-    stages = stages_of(requests, plan)
+    stages = stages_of(requests, protocol)
     order = [[stage.checkpoint, i] for stage in stages for i in stage.asked]
     folder = Path(folder)
     with contextlib.ExitStack() as kept:
@@ -186,7 +176,7 @@ def run_protocol(
 
         written = distributed.from_main(opened)
         if written < len(order):
-            _Run(scorer, method, requests, plan, folder).go(stages, files, written, progress)
+            _Run(scorer, method, requests, protocol, folder).go(stages, files, written, progress)
 
 
 @dataclass(frozen=True)
@@ -237,9 +227,9 @@ def _whole_groups(stages: Sequence[Stage], lines: int) -> int:
 
 class _Run:
     def __init__(
-        self, scorer: Scorer, method: Method, requests: Sequence[EditRequest], plan: Plan, folder: Path
+        self, scorer: Scorer, method: Method, requests: Sequence[EditRequest], protocol: ProtocolSettings, folder: Path
     ) -> None:
-        self.scorer, self.method, self.requests, self.plan, self.folder = scorer, method, requests, plan, folder
+        self.scorer, self.method, self.requests, self.protocol, self.folder = scorer, method, requests, protocol, folder
         self.outcome: dict[int, dict[str, Any]] = {}
         self.times: list[dict[str, Any]] = []  # that are not written yet
         self.first = distributed.is_main()
@@ -258,7 +248,7 @@ class _Run:
         edited = self.method.attach(self.scorer.model, self.scorer.tokenizer)
         self._time(setup_seconds=time.perf_counter() - begin)
         bar = tqdm(
-            total=sum(len(s.asked) for s in stages), initial=written, desc=f"{self.method.name} {self.plan.protocol}",
+            total=sum(len(s.asked) for s in stages), initial=written, desc=f"{self.method.name} {self.protocol.name}",
             unit="record", disable=not progress or not distributed.is_main(), dynamic_ncols=True,
         )  # fmt: skip
         size = ranks * _TURNS if ranks > 1 else 1
@@ -322,20 +312,20 @@ class _Run:
 
     def _ask(self, edited: EditedModel, stage: Stage, group: Sequence[int]) -> list[dict[str, Any]]:
         requests = [self.requests[i] for i in group]
-        plans = [self.scorer.plan(r) for r in requests]
+        records = [self.scorer.queries(r) for r in requests]
         begin = time.perf_counter()
         try:
             scores = self.scorer.score(edited, requests)
             middle = time.perf_counter()
-            texts, samples = self._generate(edited, plans, scores, group)
+            texts, samples = self._generate(edited, records, scores, group)
         except EditError as error:
             logger.warning("%s", error)
             return [self._line(stage, i, {}, [], {}, f"{type(error).__name__}: {error}") for i in group]
         self._time(score_seconds=middle - begin, generate_seconds=time.perf_counter() - middle, records=len(group))
         lines = []
         for k, i in enumerate(group):
-            own = {p: texts[k, p] for p in [q.prompt for q in plans[k].questions] if (k, p) in texts}
-            metrics, probes = judge(plans[k], scores[k], own, samples.get(k))
+            own = {p: texts[k, p] for p in [q.prompt for q in records[k].questions] if (k, p) in texts}
+            metrics, probes = record_metrics(records[k], scores[k], own, samples.get(k))
             lines.append(self._line(stage, i, metrics, probes, own, self.outcome[i]["error"]))
         return lines
 
@@ -352,24 +342,24 @@ class _Run:
     def _generate(
         self,
         edited: EditedModel,
-        plans: Sequence[RecordPlan],
+        records: Sequence[RecordQueries],
         scores: Sequence[Sequence[QueryScore]],
         group: Sequence[int],
     ) -> tuple[dict[tuple[int, str], str], dict[int, str]]:
         """Answers by (place in the group, prompt), and sampled texts by place; all in one batch."""
-        settings = self.plan.generation
+        settings = self.protocol.generation
         jobs: list[tuple[int, str | None, str, int, list[int], torch.Generator | None]] = []
-        for k, (plan, found) in enumerate(zip(plans, scores, strict=True)):
+        for k, (record, found) in enumerate(zip(records, scores, strict=True)):
             asked: set[str] = set()
-            for question in plan.questions if settings.answers else ():
+            for question in record.questions if settings.answers else ():
                 if question.prompt in asked or not _is_generated(question):
                     continue
                 asked.add(question.prompt)
                 limit = min(settings.max_new_tokens, settings.margin + self._longest(question.answers))
                 jobs.append((k, question.prompt, question.prompt, limit, _known(found[question.wanted[0]]), None))
             if settings.fluency_tokens and group[k] % settings.fluency_every == 0:
-                sampler = _sampler(self.plan.seed, plan.request.id)
-                jobs.append((k, None, plan.request.prompt, settings.fluency_tokens, [], sampler))
+                sampler = _sampler(self.protocol.seed, record.request.id)
+                jobs.append((k, None, record.request.prompt, settings.fluency_tokens, [], sampler))
         if not jobs:
             return {}, {}
         texts = edited.generate(

@@ -1,7 +1,7 @@
 """From a request to rows of token ids: what is asked about an edit, and how little must be computed for it.
 
 A request and its probes become :class:`Question`\\ s; each question's answers become :class:`Query`\\ s (one prompt,
-one answer, ids apart); queries become :class:`Row`\\ s, the sequences that go through the model. The last answer token
+one answer, ids apart); queries become :class:`TokenRow`\\ s, the sequences that go through the model. The last answer token
 is never an input, and a query whose input begins another's of the same prompt shares its row: all one-token
 answers of a prompt cost one row. Rows are packed into right-padded batches by :func:`pack`.
 """
@@ -60,7 +60,7 @@ class Query:
 
 
 @dataclass
-class Row:
+class TokenRow:
     """A sequence for the model; predictions are read at ``len(prompt) - 1 + j`` for ``j < width``."""
 
     prompt_length: int
@@ -69,7 +69,7 @@ class Row:
 
 
 @dataclass
-class RecordPlan:
+class RecordQueries:
     """Everything that is asked about one request."""
 
     request: EditRequest
@@ -77,9 +77,9 @@ class RecordPlan:
     queries: list[Query] = field(default_factory=list)
 
 
-def plan_request(
+def make_record_queries(
     request: EditRequest, tokenizer: Any, *, replies: int = 4, contrasts: int = 1, context: int | None = None
-) -> RecordPlan:
+) -> RecordQueries:
     """The questions about a request and their queries.
 
     Args:
@@ -93,14 +93,14 @@ def plan_request(
     Raises:
         RequestError: a sequence longer than ``context``, or a text that the tokenizer makes no token of.
     """
-    plan = RecordPlan(request)
+    record = RecordQueries(request)
     index: dict[tuple[Any, ...], int] = {}
 
     def query(prompt: str, target: str | None, divergence: bool) -> int:
         key = (prompt, target, divergence)
         if key not in index:
-            index[key] = len(plan.queries)
-            plan.queries.append(make_query(tokenizer, prompt, target, divergence, context, request.where))
+            index[key] = len(record.queries)
+            record.queries.append(make_query(tokenizer, prompt, target, divergence, context, request.where))
         return index[key]
 
     def add(kind: str, group: str, prompt: str, answers: tuple[str, ...], contrast: tuple[str, ...]) -> None:
@@ -110,14 +110,14 @@ def plan_request(
         wanted = [query(prompt, a, still) for a in chosen] or ([query(prompt, None, True)] if still else [])
         many = replies if group in REPLY_GROUPS else contrasts
         against = [query(prompt, c, False) for c in spaced(contrast, many)] if wanted else []
-        plan.questions.append(Question(kind, group, prompt, answers, tuple(wanted), tuple(against)))
+        record.questions.append(Question(kind, group, prompt, answers, tuple(wanted), tuple(against)))
 
     sentiment = any(p.group == "sentiment" for p in request.probes)
     add("edit", "", request.prompt, (request.target_new,), () if sentiment else request.target_true)
     for probe in request.probes:
         answers = probe.answers or ((request.target_new,) if probe.kind == "rephrase" else ())
         add(probe.kind, probe.group, probe.prompt, answers, probe.contrast)
-    return plan
+    return record
 
 
 def make_query(
@@ -146,14 +146,14 @@ def spaced(items: Sequence[str], count: int) -> tuple[str, ...]:
 
 def make_rows(
     queries: Sequence[Query], prompt_ids: Callable[[Query], tuple[int, ...]] | None = None
-) -> tuple[list[Row], list[int]]:
+) -> tuple[list[TokenRow], list[int]]:
     """The fewest rows that hold all queries, and each query's row.
 
     Args:
         queries: what is asked.
         prompt_ids: ids of a query's prompt as the edited model sees it; its own where left out.
     """
-    rows: list[Row] = []
+    rows: list[TokenRow] = []
     place = [0] * len(queries)
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     inputs = [((prompt_ids(q) if prompt_ids else q.prompt_ids), q.target_ids[:-1]) for q in queries]
@@ -167,11 +167,11 @@ def make_rows(
         else:
             place[i] = len(rows)
             by_prompt[prompt].append(len(rows))
-            rows.append(Row(len(prompt), prompt + rest, queries[i].width))
+            rows.append(TokenRow(len(prompt), prompt + rest, queries[i].width))
     return rows, place
 
 
-def pack(rows: Sequence[Row], *, token_budget: int = 4096, read_budget: int = 512) -> list[list[int]]:
+def pack(rows: Sequence[TokenRow], *, token_budget: int = 4096, read_budget: int = 512) -> list[list[int]]:
     """Rows in batches, so that padding and the number of batches together cost least.
 
     Rows are sorted by length; the cut points minimise ``sum (batch size * longest row + overhead)``. A

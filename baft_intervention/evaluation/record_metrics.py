@@ -23,8 +23,8 @@ Names of a record's metrics (a group's name is put behind a slash, e.g. ``portab
 A metric of your own is one function and one line::
 
     @register_metric("answer_length")
-    def answer_length(plan, scores, texts):
-        text = texts.get(plan.request.prompt)
+    def answer_length(record, scores, texts):
+        text = texts.get(record.request.prompt)
         return None if text is None else float(len(text.split()))
 """
 
@@ -39,7 +39,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..registry import registrar
 from . import metrics as m
-from .queries import Question, RecordPlan
+from .queries import Question, RecordQueries
 from .scoring import QueryScore
 
 ACCURACY = {"edit": "reliability", "rephrase": "generality", "portability": "portability"}
@@ -47,14 +47,14 @@ STILL = {"locality": "locality", "unrelated": "unrelated"}
 SUCCESS = {"edit": "efficacy", "rephrase": "paraphrase", "locality": "neighbourhood"}
 _SENTENCE = re.compile(r"\n|[.!?](\s|$)")
 
-RecordMetric = Callable[[RecordPlan, Sequence[QueryScore], Mapping[str, str]], float | None]
+RecordMetric = Callable[[RecordQueries, Sequence[QueryScore], Mapping[str, str]], float | None]
 _REGISTRY: dict[str, RecordMetric] = {}
 
 
 def register_metric(name: str) -> Callable[[RecordMetric], RecordMetric]:
     """Decorator: add a metric of a record to every evaluation, under ``name`` in its records and summary.
 
-    The function gets the record's plan, the scores of the plan's queries in order (argmax ids and log-probabilities of the
+    The function gets the record's record, the scores of the record's queries in order (argmax ids and log-probabilities of the
     edited and the unedited model), and the generated texts by prompt (empty where nothing is generated). It gives a number,
     or None where the record has no value; a summary holds the mean over the records that have one.
 
@@ -64,14 +64,17 @@ def register_metric(name: str) -> Callable[[RecordMetric], RecordMetric]:
     return registrar(_REGISTRY, name, "metric")
 
 
-def judge(
-    plan: RecordPlan, scores: Sequence[QueryScore], texts: Mapping[str, str] | None = None, sample: str | None = None
+def record_metrics(
+    record: RecordQueries,
+    scores: Sequence[QueryScore],
+    texts: Mapping[str, str] | None = None,
+    sample: str | None = None,
 ) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
     """A record's metrics, and the same probe by probe.
 
     Args:
-        plan: what was asked.
-        scores: of the plan's queries, in order.
+        record: what was asked.
+        scores: of the record's queries, in order.
         texts: generated texts by prompt; prompts that are not in it have no generation metrics.
         sample: the text whose fluency is measured.
 
@@ -80,10 +83,10 @@ def judge(
     """
     values: dict[str, list[float | None]] = defaultdict(list)
     probes = []
-    for question in plan.questions:
-        found = judge_question(question, [scores[i] for i in question.wanted], [scores[i] for i in question.against])
+    for question in record.questions:
+        found = question_metrics(question, [scores[i] for i in question.wanted], [scores[i] for i in question.against])
         if texts is not None and question.prompt in texts:
-            found |= judge_text(texts[question.prompt], question)
+            found |= text_metrics(texts[question.prompt], question)
         probes.append({"kind": question.kind, "group": question.group} | found)
         for name, value in found.items():
             _collect(values, question, name, value)
@@ -96,7 +99,7 @@ def judge(
     for name, metric in _REGISTRY.items():
         if name in table:
             raise ConfigError(f"the metric {name!r} has the name of one of the library's own; choose another name")
-        table[name] = metric(plan, scores, texts or {})
+        table[name] = metric(record, scores, texts or {})
     return dict(sorted(table.items())), probes
 
 
@@ -130,7 +133,7 @@ def _collect(values: dict[str, list[float | None]], question: Question, name: st
         values[name].append(value)
 
 
-def judge_question(
+def question_metrics(
     question: Question, wanted: Sequence[QueryScore], against: Sequence[QueryScore]
 ) -> dict[str, float | None]:
     """Teacher-forced values of one question; the keys are ``accuracy``, ``kl``, ``efficacy``, ... as they apply."""
@@ -164,7 +167,7 @@ def judge_question(
     return found
 
 
-def judge_text(text: str, question: Question) -> dict[str, float | None]:
+def text_metrics(text: str, question: Question) -> dict[str, float | None]:
     """Free-generation values of one question."""
     return {
         "generation_em": m.exact_match(text, question.answers),

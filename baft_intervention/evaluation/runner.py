@@ -25,7 +25,7 @@ from ..runtime import distributed
 from ..storage.locking import FolderLock
 from .baseline_outputs import BaselineCache, default_cache_folder
 from .methods import load_method, make_method
-from .protocols import Plan, run_protocol
+from .protocols import ProtocolSettings, run_protocol
 from .records import dump_line, write_json
 from .scoring import Scorer
 from .summary import machine_facts, make_summary, peak_memory_mib
@@ -45,7 +45,7 @@ def evaluate(
     model: str = "smollm2-135m",
     task: str | None = None,
     settings: Mapping[str, Any] | None = None,
-    plan: Plan | None = None,
+    protocol: ProtocolSettings | None = None,
     limit: int | None = None,
     skip_bad: bool = False,
     options: Mapping[str, Any] | None = None,
@@ -67,7 +67,7 @@ def evaluate(
         model: a built-in model, a folder or a hub id.
         task: benchmark or format; recognised by the data if left out.
         settings: changes to the method's settings.
-        plan: protocol, checkpoints, generated text, and the seed of the method, of the data's choices and of sampled texts.
+        protocol: protocol, checkpoints, generated text, and the seed of the method, of the data's choices and of sampled texts.
         limit: only the first records.
         skip_bad: leave malformed records out and count them.
         options: of the data's format.
@@ -86,13 +86,13 @@ def evaluate(
         StoreError: another process writes to ``out``.
         EditError: a file cannot be written.
     """
-    plan = plan or Plan()
+    protocol = protocol or ProtocolSettings()
     label, base = load_method(method, METHOD_FOLDER)
-    chosen = make_method(base.name, _fields(base) | {"seed": plan.seed} | dict(settings or {}))
+    chosen = make_method(base.name, _fields(base) | {"seed": protocol.seed} | dict(settings or {}))
     folder = Path(out)
     distributed.from_main(lambda: _check_folder(folder, fresh=fresh))
     loaded = load_requests(
-        data, task, limit=limit, seed=plan.seed or None, skip_bad=skip_bad,
+        data, task, limit=limit, seed=protocol.seed or None, skip_bad=skip_bad,
         unrelated=unrelated, unrelated_per_record=unrelated_per_record, **(options or {}),
     )  # fmt: skip
     # a format that was asked for by name is told apart from the task's other formats
@@ -101,13 +101,13 @@ def evaluate(
         "label": label, "method": chosen.name, "settings": chosen.settings(), "task": task, "format": loaded.format,
         "data": Path(loaded.path).name if loaded.path else "", "data_sha256": loaded.sha256,
         "options": _named(loaded.options), "skipped": loaded.bad_count, "records": len(loaded.requests),
-        "protocol": plan.protocol, "batch_size": plan.batch_size, "checkpoints": list(plan.checkpoints),
-        "seed": plan.seed, "replies": replies, "generation": vars(plan.generation), "model": Path(model).name or model,
+        "protocol": protocol.name, "batch_size": protocol.batch_size, "checkpoints": list(protocol.checkpoints),
+        "seed": protocol.seed, "replies": replies, "generation": vars(protocol.generation), "model": Path(model).name or model,
         "dtype": dtype,
     }  # fmt: skip
-    if plan.protocol != "batched":
+    if protocol.name != "batched":
         del run["batch_size"]
-    if plan.protocol != "sequential_final":
+    if protocol.name != "sequential_final":
         del run["checkpoints"]
     run["versions"] = library_versions("peft", "pyreft", "pyvene", "numpy", "tokenizers")
     finished = None if fresh else distributed.from_main(lambda: _finished(folder, run))
@@ -126,7 +126,7 @@ def evaluate(
         distributed.from_main(lambda: _begin(folder / "run.json", run))
         store = BaselineCache(None if cache == "none" else Path(cache) if cache else default_cache_folder())
         scorer = Scorer(base_model, tokenizer, cache=store, replies=replies, fingerprint=run["fingerprint"])
-        run_protocol(scorer, chosen, loaded.requests, plan, folder, progress=progress)
+        run_protocol(scorer, chosen, loaded.requests, protocol, folder, progress=progress)
         peaks = distributed.gather(peak_memory_mib)
         return distributed.from_main(lambda: _finish(folder, run, max(peaks)))
 

@@ -30,7 +30,7 @@ from .baseline_outputs import BaselineCache, BaselineOutputs, baseline_key, code
 from .edited import EditedModel
 from .forward import BlockInput, LogitReader, recording_block_inputs, resume_at
 from .metrics import kl_divergence
-from .queries import Query, RecordPlan, Row, make_rows, pack, plan_request
+from .queries import Query, RecordQueries, TokenRow, make_record_queries, make_rows, pack
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Scorer:
             last of them that is not above its :attr:`EditedModel.first_changed_block`. Empty keeps nothing.
         keep_log_probs: keep the unedited model's whole log-probabilities instead of hidden states; needed for methods that
             change the output head, and large.
-        replies, contrasts: see :func:`~baft_intervention.evaluation.queries.plan_request`.
+        replies, contrasts: see :func:`~baft_intervention.evaluation.queries.make_record_queries`.
         token_budget: padded tokens a batch.
         cache: folder of the unedited model's answers, or a store; in memory where left out.
         fingerprint: of the model's parameters, where known; computed otherwise.
@@ -92,7 +92,7 @@ class Scorer:
         self.reader = LogitReader(model)
         self.fingerprint = fingerprint or model_fingerprint(model)
         self._settings: dict[str, Any] | None = None
-        self._plans: dict[EditRequest, RecordPlan] = {}
+        self._queries: dict[EditRequest, RecordQueries] = {}
         self._resume_checked = self._resume_refused = False
 
     @property
@@ -105,15 +105,15 @@ class Scorer:
         """Predictions a batch: their logits are to stay under 100 MB in fp32."""
         return max(32, 2**25 // (4 * int(self.model.get_output_embeddings().weight.shape[0])) * 3)
 
-    def plan(self, request: EditRequest) -> RecordPlan:
+    def queries(self, request: EditRequest) -> RecordQueries:
         """The questions about a request; kept for the next call."""
-        if request not in self._plans:
-            if len(self._plans) > 4096:
-                self._plans.clear()
-            self._plans[request] = plan_request(
+        if request not in self._queries:
+            if len(self._queries) > 4096:
+                self._queries.clear()
+            self._queries[request] = make_record_queries(
                 request, self.tokenizer, replies=self.replies, contrasts=self.contrasts, context=self.context
             )
-        return self._plans[request]
+        return self._queries[request]
 
     # --- before the edit ------------------------------------------------------------------------------------------------
 
@@ -126,11 +126,11 @@ class Scorer:
         self._check_reader()
         computed = 0
         for request in requests:
-            plan = self.plan(request)
-            rows, place = make_rows(plan.queries)
-            key = self._key(plan, rows)
-            if self.store.get(key, plan.queries) is None:
-                self.store.put(key, self._prior(plan, rows, place))
+            record = self.queries(request)
+            rows, place = make_rows(record.queries)
+            key = self._key(record, rows)
+            if self.store.get(key, record.queries) is None:
+                self.store.put(key, self._baseline_outputs(record, rows, place))
                 computed += 1
             if progress:
                 progress(1)
@@ -142,8 +142,8 @@ class Scorer:
         Raises:
             RuntimeError: :meth:`prepare` has not seen the request; it is not computed here, where an edit may be on.
         """
-        plan = self.plan(request)
-        found = self.store.get(self._key(plan, make_rows(plan.queries)[0]), plan.queries, blocks=blocks)
+        record = self.queries(request)
+        found = self.store.get(self._key(record, make_rows(record.queries)[0]), record.queries, blocks=blocks)
         if found is None:
             raise RuntimeError(f"{request.where}: no answers of the unedited model; call prepare() before editing")
         return found
@@ -151,10 +151,10 @@ class Scorer:
     def _check_reader(self) -> None:
         """Find out whether the head can be read alone: what is kept of the unedited model depends on it."""
         if self.reader.selective is None:
-            ids, mask = self._pad([Row(1, tuple(encode_prompt(self.tokenizer, "one two three")), 1)])
+            ids, mask = self._pad([TokenRow(1, tuple(encode_prompt(self.tokenizer, "one two three")), 1)])
             self.reader(ids, mask, *self._indices(([0], [ids.shape[1] - 1])))
 
-    def _key(self, plan: RecordPlan, rows: list[Row]) -> str:
+    def _key(self, record: RecordQueries, rows: list[TokenRow]) -> str:
         if self._settings is None:
             import transformers
 
@@ -172,20 +172,20 @@ class Scorer:
                 "log_probs": self.keep_log_probs,
                 "token_budget": self.token_budget,
             }
-        return baseline_key(plan.queries, rows, self._settings)
+        return baseline_key(record.queries, rows, self._settings)
 
     @torch.no_grad()
-    def _prior(self, plan: RecordPlan, rows: list[Row], place: list[int]) -> BaselineOutputs:
-        predicted: list[list[int]] = [[] for _ in plan.queries]
-        log_probs: list[list[float]] = [[] for _ in plan.queries]
-        states: list[torch.Tensor | None] = [None] * len(plan.queries)
+    def _baseline_outputs(self, record: RecordQueries, rows: list[TokenRow], place: list[int]) -> BaselineOutputs:
+        predicted: list[list[int]] = [[] for _ in record.queries]
+        log_probs: list[list[float]] = [[] for _ in record.queries]
+        states: list[torch.Tensor | None] = [None] * len(record.queries)
         inputs: dict[int, list[torch.Tensor]] = {b: [torch.empty(0)] * len(rows) for b in self.resume_blocks}
         as_tuple = False
         for batch in pack(rows, token_budget=self.token_budget, read_budget=self.read_budget):
             ids, mask = self._pad([rows[r] for r in batch])
-            where = _places(rows, batch)
+            indices = _places(rows, batch)
             with recording_block_inputs(self.model, self.resume_blocks) as seen:
-                logits, hidden, _ = self.reader(ids, mask, *self._indices(where))
+                logits, hidden, _ = self.reader(ids, mask, *self._indices(indices))
             for block in seen:
                 as_tuple = block.as_tuple
                 for b, r in enumerate(batch):
@@ -194,7 +194,7 @@ class Scorer:
             keep = logits.float() - normal.unsqueeze(-1) if self.keep_log_probs or hidden is None else hidden
             argmax = logits.argmax(-1).tolist()
             first = _first_read(rows, batch)
-            for q, query in enumerate(plan.queries):
+            for q, query in enumerate(record.queries):
                 if place[q] not in first:
                     continue
                 start = first[place[q]]
@@ -222,20 +222,22 @@ class Scorer:
             EditError: the edited model's logits are not finite.
         """
         self._check_reader()
-        plans = [self.plan(r) for r in requests]
+        records = [self.queries(r) for r in requests]
         block = max((b for b in self.resume_blocks if b <= edited.first_changed_block), default=0)
         baselines = [self.baseline(r, blocks=(block,) if block else ()) for r in requests]
-        queries = [q for plan in plans for q in plan.queries]
-        owner = [i for i, plan in enumerate(plans) for _ in plan.queries]
+        queries = [q for record in records for q in record.queries]
+        owner = [i for i, record in enumerate(records) for _ in record.queries]
         texts = {q.prompt: edited.rewrite(q.prompt) for q in queries}
         same = all(text == prompt for prompt, text in texts.items())
         if same:
-            rows, place, inputs = self._joined(plans, baselines, block)
+            rows, place, inputs = self._joined(records, baselines, block)
         else:
             ids = {prompt: tuple(encode_prompt(self.tokenizer, text)) for prompt, text in texts.items()}
             rows, place = make_rows(queries, lambda q: ids[q.prompt])
             inputs = []
-        states = [s for plan, baseline in zip(plans, baselines, strict=True) for s in _split_states(plan, baseline)]
+        states = [
+            s for record, baseline in zip(records, baselines, strict=True) for s in _split_states(record, baseline)
+        ]
         found: list[tuple[list[int], list[float], list[float]]] = [([], [], [])] * len(queries)
         for batch in pack(rows, token_budget=self.token_budget, read_budget=self.read_budget):
             self._score_batch(
@@ -256,15 +258,15 @@ class Scorer:
         return scores
 
     def _joined(
-        self, plans: list[RecordPlan], baselines: list[BaselineOutputs], block: int
-    ) -> tuple[list[Row], list[int], list[torch.Tensor]]:
+        self, records: list[RecordQueries], baselines: list[BaselineOutputs], block: int
+    ) -> tuple[list[TokenRow], list[int], list[torch.Tensor]]:
         """The records' own rows one after another, with what enters the resume block for each."""
-        rows: list[Row] = []
+        rows: list[TokenRow] = []
         place: list[int] = []
         inputs: list[torch.Tensor] = []
-        for plan, baseline in zip(plans, baselines, strict=True):
-            own, where = make_rows(plan.queries)
-            place += [len(rows) + r for r in where]
+        for record, baseline in zip(records, baselines, strict=True):
+            own, row_of = make_rows(record.queries)
+            place += [len(rows) + r for r in row_of]
             rows += own
             if block in baseline.block_inputs:
                 inputs += baseline.block_inputs[block].split([len(r.ids) for r in own])
@@ -272,7 +274,7 @@ class Scorer:
 
     def _score_batch(self, edited, rows, batch, queries, place, states, kept, found) -> None:
         ids, mask = self._pad([rows[r] for r in batch])
-        where = _places(rows, batch)
+        indices = _places(rows, batch)
         first = _first_read(rows, batch)
         here = [q for q in range(len(queries)) if place[q] in first]
         compared = [q for q in here if queries[q].divergence]
@@ -286,7 +288,7 @@ class Scorer:
 
         def run(begin: BlockInput | None) -> torch.Tensor:
             with edited.prompts([rows[r].prompt_length for r in batch]), resume_at(edited.model, begin):
-                return self.reader(ids, mask, *self._indices(where), extra=extra)[0]
+                return self.reader(ids, mask, *self._indices(indices), extra=extra)[0]
 
         logits = run(start)
         if start is not None and not self._resume_checked:
@@ -299,7 +301,7 @@ class Scorer:
         logits = logits.float()
         if not torch.isfinite(logits).all():
             raise EditError("the edited model's logits are not finite; lower the learning rate")
-        reads = len(where[0])
+        reads = len(indices[0])
         normal = logits.logsumexp(-1)
         argmax = logits[:reads].argmax(-1).tolist()
         offset = reads
@@ -317,14 +319,14 @@ class Scorer:
                 divergence = kl_divergence(before, after).tolist()
             found[q] = (argmax[at : at + query.width], _target_log_probs(logits, normal, at, query), divergence)
 
-    def _pad(self, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _pad(self, rows: list[TokenRow]) -> tuple[torch.Tensor, torch.Tensor]:
         device = compute_device(self.model)
         ids, mask = pad_rows([r.ids for r in rows], pad_token_id(self.tokenizer))
         return ids.to(device), mask.to(device)
 
-    def _indices(self, where: tuple[list[int], list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _indices(self, indices: tuple[list[int], list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         device = compute_device(self.model)
-        return torch.tensor(where[0], device=device), torch.tensor(where[1], device=device)
+        return torch.tensor(indices[0], device=device), torch.tensor(indices[1], device=device)
 
 
 def _block_input(block: int, rows: list[torch.Tensor], ids: torch.Tensor, as_tuple: bool) -> BlockInput:
@@ -335,13 +337,13 @@ def _block_input(block: int, rows: list[torch.Tensor], ids: torch.Tensor, as_tup
     return BlockInput(block, hidden.to(ids.device), as_tuple)
 
 
-def _places(rows: Sequence[Row], batch: Sequence[int]) -> tuple[list[int], list[int]]:
+def _places(rows: Sequence[TokenRow], batch: Sequence[int]) -> tuple[list[int], list[int]]:
     """``(row in the batch, column)`` of every prediction that is read."""
     pairs = [(b, rows[r].prompt_length - 1 + j) for b, r in enumerate(batch) for j in range(rows[r].width)]
     return [p[0] for p in pairs], [p[1] for p in pairs]
 
 
-def _first_read(rows: Sequence[Row], batch: Sequence[int]) -> dict[int, int]:
+def _first_read(rows: Sequence[TokenRow], batch: Sequence[int]) -> dict[int, int]:
     """Index of each row's first prediction among those of the batch."""
     first, count = {}, 0
     for r in batch:
@@ -358,7 +360,7 @@ def _target_log_probs(logits: torch.Tensor, normal: torch.Tensor, start: int, qu
     return (logits[at, target].float() - normal[at]).tolist()
 
 
-def _split_states(plan: RecordPlan, baseline: BaselineOutputs) -> list[torch.Tensor | None]:
-    widths = [q.width for q in plan.queries if q.divergence]
+def _split_states(record: RecordQueries, baseline: BaselineOutputs) -> list[torch.Tensor | None]:
+    widths = [q.width for q in record.queries if q.divergence]
     parts = iter(baseline.states.split(widths) if widths else ())
-    return [next(parts) if q.divergence else None for q in plan.queries]
+    return [next(parts) if q.divergence else None for q in record.queries]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from baft_intervention import EditRequest
 from baft_intervention.data import formats, load_requests
-from baft_intervention.data.files import Row, Table
+from baft_intervention.data.files import RawRecord, Table
 from baft_intervention.data.record import Record
 from baft_intervention.errors import DataError, RequestError
 
@@ -97,7 +97,7 @@ NAMES = [fmt.name for fmt in formats()]
 def _read(name: str, value: Any, siblings: tuple[Any, ...] = (), document: Any = None) -> list[EditRequest]:
     fmt = next(fmt for fmt in formats() if fmt.name == name)
     table = Table("<list>", "<list>", (), document=document)
-    record = Record.of_row(table, Row(value, "record 0"), 0, (value, *siblings), Counter())
+    record = Record.of_row(table, RawRecord(value, "record 0"), 0, (value, *siblings), Counter())
     result = fmt.read(record)
     return [result] if isinstance(result, EditRequest) else list(result)
 

@@ -12,7 +12,7 @@ from baft_intervention.evaluation.fit import training_batches
 from baft_intervention.evaluation.methods import Method, load_method, make_method, method_names, register_method
 from baft_intervention.evaluation.methods import base as registry
 from baft_intervention.evaluation.methods.weights import down_projection
-from baft_intervention.evaluation.record_metrics import judge
+from baft_intervention.evaluation.record_metrics import record_metrics
 from baft_intervention.evaluation.scoring import Scorer
 from baft_intervention.models.fingerprint import model_fingerprint
 from baft_intervention.models.structure import find_blocks, hidden_size
@@ -63,10 +63,10 @@ def state_of(model):
 def loss_of(edited, request):
     """Mean negative log-likelihood of the target under an edited model."""
     scorer = Scorer(edited.model, edited.tokenizer)
-    [plan] = [scorer.plan(request)]
+    [record] = [scorer.queries(request)]
     scorer.prepare([request])  # of no interest here
     [scores] = scorer.score(edited, [request])
-    first = scores[plan.questions[0].wanted[0]]
+    first = scores[record.questions[0].wanted[0]]
     return -sum(first.log_probs) / len(first.log_probs)
 
 
@@ -418,8 +418,11 @@ def test_metrics_of_an_edit_from_end_to_end(tokenizer):
     scorer = Scorer(model, tokenizer)
     scorer.prepare(requests)
     edited = make_method("ft-m", TRY["ft-m"]).edit(model, tokenizer, requests)
-    metrics, probes = judge(
-        scorer.plan(requests[0]), scorer.score(edited, requests)[0], {"The capital of Japan is": " Osaka."}, "a b c d"
+    metrics, probes = record_metrics(
+        scorer.queries(requests[0]),
+        scorer.score(edited, requests)[0],
+        {"The capital of Japan is": " Osaka."},
+        "a b c d",
     )
     assert metrics["reliability"] == 1.0
     assert metrics["efficacy"] == 1.0

@@ -152,12 +152,6 @@ def test_bootstrap_is_seeded_and_holds_the_mean():
     assert agg.bootstrap_interval([1.0, 1.0, 1.0]) == (1.0, 1.0)
 
 
-def test_paired_difference_takes_common_records():
-    d = agg.paired_difference([1.0, None, 0.5], [0.0, 1.0, 0.5])
-    assert d["n"] == 2
-    assert d["mean"] == 0.5
-
-
 def test_perplexity_is_averaged_as_logarithm():
     row = agg.aggregate([{"perplexity": 2.0}, {"perplexity": 8.0}])["perplexity"]
     assert row["mean"] == pytest.approx(4.0)

@@ -5,7 +5,15 @@ import itertools
 import pytest
 
 from baft_intervention.errors import RequestError
-from baft_intervention.evaluation.queries import Query, Row, make_query, make_rows, pack, plan_request, spaced
+from baft_intervention.evaluation.queries import (
+    Query,
+    TokenRow,
+    make_query,
+    make_record_queries,
+    make_rows,
+    pack,
+    spaced,
+)
 from baft_intervention.requests import EditRequest, Probe
 from evaluation.helpers import make_requests
 from tiny import tiny_tokenizer
@@ -17,7 +25,7 @@ def query(prompt, target, divergence=False):
 
 def test_one_token_answers_of_a_prompt_share_a_row():
     rows, place = make_rows([query([1, 2], [5]), query([1, 2], [6]), query([1, 2], [])])
-    assert rows == [Row(2, (1, 2), 1)]
+    assert rows == [TokenRow(2, (1, 2), 1)]
     assert place == [0, 0, 0]
 
 
@@ -43,7 +51,7 @@ def test_same_ids_with_another_boundary_are_another_row():
 
 @pytest.mark.parametrize("budget", [20, 64, 4096])
 def test_pack_holds_every_row_once_and_keeps_its_budget(budget):
-    rows = [Row(1, tuple(range(n)), 1) for n in (3, 30, 4, 4, 5, 17, 3, 9)]
+    rows = [TokenRow(1, tuple(range(n)), 1) for n in (3, 30, 4, 4, 5, 17, 3, 9)]
     batches = pack(rows, token_budget=budget, read_budget=5)
     assert sorted(itertools.chain(*batches)) == list(range(len(rows)))
     for batch in batches:
@@ -52,7 +60,7 @@ def test_pack_holds_every_row_once_and_keeps_its_budget(budget):
 
 
 def test_pack_does_not_pad_short_rows_to_a_long_one():
-    rows = [Row(1, tuple(range(n)), 1) for n in (140, 12, 12)]
+    rows = [TokenRow(1, tuple(range(n)), 1) for n in (140, 12, 12)]
     assert pack(rows) == [[0], [1, 2]]
 
 
@@ -68,13 +76,13 @@ def test_spaced_takes_the_first_and_spreads():
 
 def test_plan_asks_the_edit_first_and_each_probe():
     [request] = make_requests(1)
-    plan = plan_request(request, tiny_tokenizer())
-    assert [q.kind for q in plan.questions] == ["edit", *(p.kind for p in request.probes)]
-    assert plan.questions[0].answers == ("Osaka",)
-    assert len(plan.questions[0].against) == 1
-    still = [q for q in plan.questions if q.kind in ("locality", "unrelated")]
-    assert all(plan.queries[i].divergence for q in still for i in q.wanted)
-    assert plan.queries[plan.questions[-1].wanted[0]].target_ids == ()  # no answer: the next token is compared
+    record = make_record_queries(request, tiny_tokenizer())
+    assert [q.kind for q in record.questions] == ["edit", *(p.kind for p in request.probes)]
+    assert record.questions[0].answers == ("Osaka",)
+    assert len(record.questions[0].against) == 1
+    still = [q for q in record.questions if q.kind in ("locality", "unrelated")]
+    assert all(record.queries[i].divergence for q in still for i in q.wanted)
+    assert record.queries[record.questions[-1].wanted[0]].target_ids == ()  # no answer: the next token is compared
 
 
 def test_plan_counts_lone_space_tokens():
@@ -86,15 +94,15 @@ def test_plan_counts_lone_space_tokens():
 def test_reply_groups_score_several_answers():
     replies = tuple(f"reply {i}" for i in range(10))
     probe = Probe("What?", "rephrase", replies, replies[:6], "sentiment")
-    plan = plan_request(
+    record = make_record_queries(
         EditRequest("Who?", "reply 0", probes=(probe,), target_true=("x",)), tiny_tokenizer(), replies=4
     )
-    assert len(plan.questions[1].wanted) == 4
-    assert len(plan.questions[1].against) == 4
-    assert plan.questions[0].against == ()  # ConvSent's old answers are replies, not a fact's other value
-    assert len(plan_request(plan.request, tiny_tokenizer(), replies=0).questions[1].wanted) == 10
+    assert len(record.questions[1].wanted) == 4
+    assert len(record.questions[1].against) == 4
+    assert record.questions[0].against == ()  # ConvSent's old answers are replies, not a fact's other value
+    assert len(make_record_queries(record.request, tiny_tokenizer(), replies=0).questions[1].wanted) == 10
 
 
 def test_too_long_for_the_model_is_an_error_that_says_so():
     with pytest.raises(RequestError, match="the model reads 5 at most"):
-        plan_request(EditRequest("The capital of Japan is", "Osaka"), tiny_tokenizer(), context=5)
+        make_record_queries(EditRequest("The capital of Japan is", "Osaka"), tiny_tokenizer(), context=5)

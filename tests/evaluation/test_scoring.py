@@ -8,7 +8,7 @@ from baft_intervention.errors import EditError
 from baft_intervention.evaluation.baseline_outputs import BaselineCache
 from baft_intervention.evaluation.edited import EditedModel
 from baft_intervention.evaluation.methods import make_method
-from baft_intervention.evaluation.record_metrics import judge
+from baft_intervention.evaluation.record_metrics import record_metrics
 from baft_intervention.evaluation.scoring import Scorer
 from baft_intervention.requests import EditRequest, Probe
 from evaluation.helpers import log_probs_of, make_requests, nudge, slow_query
@@ -18,7 +18,7 @@ from tiny import tiny_model, tiny_tokenizer
 def assert_scores_are_slow_ones(scorer, edited, requests, before, after):
     """``before`` and ``after``: functions of a query giving its log-probabilities."""
     for request, scores in zip(requests, scorer.score(edited, requests), strict=True):
-        queries = scorer.plan(request).queries
+        queries = scorer.queries(request).queries
         assert len(scores) == len(queries)
         for query, score in zip(queries, scores, strict=True):
             slow = slow_query(before(query), after(query), query)
@@ -237,7 +237,7 @@ def test_token_accuracy_locality_and_portability_are_easyedits(tokenizer):
     scorer = Scorer(model, tokenizer)
     scorer.prepare([request])
     edited = make_method("ft-m", {"layer": 2, "learning_rate": 2e-2, "steps": 4}).edit(model, tokenizer, [request])
-    metrics, _ = judge(scorer.plan(request), scorer.score(edited, [request])[0])
+    metrics, _ = record_metrics(scorer.queries(request), scorer.score(edited, [request])[0])
 
     accuracy = {p.prompt: easyedit_accuracy(model, tokenizer, p.prompt, p.answers[0]) for p in request.probes}
     assert metrics["reliability_easyedit"] == pytest.approx(
@@ -272,7 +272,7 @@ def test_a_lone_space_token_is_a_point_for_easyedit_and_none_here(tokenizer):
     assert tokenizer.decode([labels[0]]) == " "
     scorer = Scorer(model, tokenizer)
     scorer.prepare([request])
-    metrics, _ = judge(scorer.plan(request), scorer.score(EditedModel(model, tokenizer), [request])[0])
+    metrics, _ = record_metrics(scorer.queries(request), scorer.score(EditedModel(model, tokenizer), [request])[0])
     assert metrics["reliability_easyedit"] == pytest.approx(np.mean(np.equal(answers, labels)))
     assert metrics["reliability"] == pytest.approx(np.mean(np.equal(answers[1:], labels[1:])))
     assert len(labels) == 5

@@ -99,16 +99,16 @@ def test_a_rule_that_finds_nothing_says_so(monkeypatch):
 
 def test_a_metric_cannot_take_the_name_of_another(monkeypatch):
     from baft_intervention import ConfigError
-    from baft_intervention.evaluation import record_metrics as judge
-    from baft_intervention.evaluation.queries import RecordPlan
+    from baft_intervention.evaluation import record_metrics as module
+    from baft_intervention.evaluation.queries import RecordQueries
     from baft_intervention.requests import EditRequest
 
-    monkeypatch.setattr(judge, "_REGISTRY", {})
-    judge.register_metric("fluency")(lambda plan, scores, texts: 1.0)
+    monkeypatch.setattr(module, "_REGISTRY", {})
+    module.register_metric("fluency")(lambda plan, scores, texts: 1.0)
     with pytest.raises(ConfigError, match="'fluency' is taken by"):
-        judge.register_metric("fluency")(test_a_metric_cannot_take_the_name_of_another)
+        module.register_metric("fluency")(test_a_metric_cannot_take_the_name_of_another)
     with pytest.raises(ConfigError, match="'fluency' has the name of one of the library's own"):
-        judge.judge(RecordPlan(EditRequest("a", "b")), [], sample="one two three four")
+        module.record_metrics(RecordQueries(EditRequest("a", "b")), [], sample="one two three four")
 
 
 def test_the_guide_names_files_and_registries_that_exist():

@@ -158,10 +158,10 @@ def close(one: Any, other: Any, where: str = "") -> None:
 @pytest.mark.usefixtures("one_thread")
 def test_records_are_those_of_one_process(both, tmp_path):
     worker.evaluated(tmp_path)
-    for name, plan in worker.PLANS.items():
+    for name, protocol in worker.PROTOCOLS.items():
         one, two = lines(tmp_path / name), lines(both / name)
         close(two, one)
-        stages = stages_of(worker.make_requests(7), plan)
+        stages = stages_of(worker.make_requests(7), protocol)
         assert [record["index"] for record in two] == [i for stage in stages for i in stage.asked]
         times = list(read_lines(both / name / "timings.jsonl"))
         # each edit is counted once, though every rank makes it where the stream is one
