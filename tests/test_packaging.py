@@ -95,7 +95,7 @@ def test_constraints_pin_what_setup_asks_for(setup: configparser.ConfigParser) -
     assert _pins("pyreft-pin.txt")["transformers"] == "4.45.1"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_wheel_from_outside_the_tree(tmp_path: Path) -> None:
     pytest.importorskip("build")
     source = tmp_path / "source"  # a copy: a build in the tree would pick up what an older build left there

@@ -238,7 +238,8 @@ def test_numbers_with_an_exponent_are_numbers(place, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_the_system_kills_three_times_gives_the_same_file(place, tmp_path):
+@pytest.mark.parametrize("kills", [(2,), pytest.param((1, 2, 4), marks=pytest.mark.long)], ids=["once", "three times"])
+def test_a_run_that_the_system_kills_gives_the_same_file(place, tmp_path, kills):
     """SIGKILL at random moments, in a process of its own; the same command again resumes."""
     rng = random.Random(5)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -254,7 +255,7 @@ def test_a_run_that_the_system_kills_three_times_gives_the_same_file(place, tmp_
     out = tmp_path / "cut"
     path = out / "records.jsonl"
     killed = 0
-    for lines in (1, 2, 4):
+    for lines in kills:
         process = start(out)
         while process.poll() is None:
             if path.is_file() and path.read_bytes().count(b"\n") >= lines:
@@ -263,7 +264,7 @@ def test_a_run_that_the_system_kills_three_times_gives_the_same_file(place, tmp_
                 break
             time.sleep(0.002)
         killed += process.wait(200) == -signal.SIGKILL
-    assert killed >= 2  # the last may have been quicker
+    assert killed >= max(1, len(kills) - 1)  # the last may have been quicker
     process = start(out)
     assert process.wait(200) == 0, process.stderr.read().decode()
     assert path.read_bytes() == whole

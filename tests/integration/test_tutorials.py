@@ -119,7 +119,7 @@ def _run_again(path: Path, folder: Path) -> Any:
     return notebook
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("smollm2")
 def test_the_quickstart_runs_and_shows_it_again(tmp_path, monkeypatch):
@@ -140,7 +140,7 @@ def test_the_quickstart_runs_and_shows_it_again(tmp_path, monkeypatch):
         }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("smollm2")
 def test_the_tradeoff_runs_and_shows_it_again(tmp_path, monkeypatch):

@@ -103,7 +103,7 @@ def test_as_committed(path):
     assert len(pictures) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.reft
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("smollm2")

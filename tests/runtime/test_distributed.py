@@ -169,7 +169,7 @@ def test_records_are_those_of_one_process(both, tmp_path):
         assert sum(t.get("records", 0) for t in times if "score_seconds" in t) == len(one)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("one_thread")
 def test_a_rank_that_is_killed_costs_no_record(both, tmp_path):
     run = torchrun(tmp_path, "killed")
