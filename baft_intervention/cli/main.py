@@ -72,6 +72,8 @@ def _run(args: argparse.Namespace) -> int:
     # before torch is imported: where other processes want the cores too, threads that spin while they wait for each
     # other made the demo 14 times slower (423 s against 30 s, 2 threads on 2 cores at a load of 6)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if args.quiet:
+        os.environ.setdefault("TQDM_DISABLE", "1")  # before tqdm is imported
     # imports make a million objects that stay: Python's default, a collection every 700, takes a sixth of the start-up
     gc.set_threshold(100_000, 20, 20)
     set_up_logging(quiet=args.quiet, debug=args.debug)

@@ -27,6 +27,7 @@ from typing import Any
 
 from ..environment import cache_folder
 from ..errors import ModelError
+from ..progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -245,6 +246,7 @@ def _write_weights(reader: Any, dequantize: Callable[..., Any], folder: Path, co
     top = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     tensors: dict[str, torch.Tensor] = {}
+    bar = progress_bar(len(reader.tensors), "converting the model", "tensor")
     for tensor in reader.tensors:
         values = np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)  # a copy: the file is mapped
         stem = tensor.name.removesuffix(".weight")
@@ -257,6 +259,8 @@ def _write_weights(reader: Any, dequantize: Callable[..., Any], folder: Path, co
                 n, (rows, columns) = heads[part], values.shape
                 values = values.reshape(n, rows // n // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
         tensors[f"{name}.weight"] = torch.from_numpy(np.ascontiguousarray(values))
+        bar.update(1)
+    bar.close()
     save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
 
 

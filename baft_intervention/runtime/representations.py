@@ -25,6 +25,7 @@ def read_blocks(
     layers: Sequence[int],
     *,
     batch_size: int = 32,
+    done: Callable[[int], object] = lambda rows: None,
 ) -> dict[int, list[Tensor]]:
     """Outputs of blocks at chosen columns of ragged id rows, unedited model, in batches of similar length.
 
@@ -32,6 +33,8 @@ def read_blocks(
         rows: token ids, one list a row; what stands behind a row's last chosen column is not even read.
         columns: for each row the columns wanted, at least one.
         layers: 0-based block numbers; blocks above the highest do not run.
+        batch_size: rows a call of the model.
+        done: called after each batch with its number of rows.
 
     Returns:
         ``layer -> [(n_i, d)]``, fp32 on the CPU, in the order of ``rows``.
@@ -49,6 +52,7 @@ def read_blocks(
             for k, i in enumerate(batch):
                 for layer in layers:
                     found[layer][i] = seen[layer][k, list(columns[i])].float().cpu()
+            done(len(batch))
     finally:
         for module, mode in modes:
             module.training = mode

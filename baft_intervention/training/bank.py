@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ..environment import cache_folder
 from ..errors import ConfigError
 from ..models.fingerprint import model_fingerprint
+from ..progress import progress_bar
 from ..runtime.distributed import from_main, is_main
 from ..runtime.representations import read_blocks
 from .relation_dictionary import RELATIONS, dictionary
@@ -133,20 +134,25 @@ def _read(
         inner = torch.randperm(max(len(row) - 2, 0), generator=generator)[: POSITIONS_PER_TEXT - 1] + 1
         columns.append(sorted({len(row) - 1, *inner.tolist()}))
 
+    prompts = [list(tokenizer(asked.text)["input_ids"]) for asked in dictionary()] if relation_layers else []
+    words = [list(tokenizer(f"{noun.capitalize()} is")["input_ids"]) for noun, _, _ in RELATIONS]
+    total = (len(texts) + len(words)) * bool(layers) + len(prompts)
+    bar = progress_bar(total, "reading unrelated texts", "text")
+
     def outputs(
         rows: Sequence[Sequence[int]], columns: Sequence[Sequence[int]], at: Sequence[int]
     ) -> dict[int, Tensor]:
         if not at:
             return {}
-        return {layer: torch.cat(found) for layer, found in read_blocks(model, tokenizer, rows, columns, at).items()}
+        found = read_blocks(model, tokenizer, rows, columns, at, done=bar.update)
+        return {layer: torch.cat(states) for layer, states in found.items()}
 
-    prompts = [list(tokenizer(asked.text)["input_ids"]) for asked in dictionary()] if relation_layers else []
-    words = [list(tokenizer(f"{noun.capitalize()} is")["input_ids"]) for noun, _, _ in RELATIONS]
-    return Bank(
-        outputs(texts, columns, layers),
-        outputs(prompts, [[len(row) - 1] for row in prompts], relation_layers),
-        outputs(words, [[0]] * len(words), layers),
-    )
+    with bar:
+        return Bank(
+            outputs(texts, columns, layers),
+            outputs(prompts, [[len(row) - 1] for row in prompts], relation_layers),
+            outputs(words, [[0]] * len(words), layers),
+        )
 
 
 @contextlib.contextmanager
