@@ -4,7 +4,7 @@
 # make test-pin  the quick tests on transformers 4.45.1, pyreft's own pin, in a second environment
 # make test-python VERSION=3.12  the quick tests on another Python (python3.12 must be on the PATH), in an environment of its own
 # make lint      ruff, pyright and the import contract alone
-# make docs      build the reference of every module into build/reference
+# make docs      build the documentation site into build/docs; a warning is an error
 # make wheel     build the wheel and try it in a fresh environment without pyreft, outside the tree
 # make clean     remove environments, caches and build results
 #
@@ -94,7 +94,7 @@ test-python:
 	$(call PYTEST,.venv-$(VERSION)) -m "not slow and not long"
 
 docs: $(READY)
-	$(VENV)/bin/python docs/reference.py
+	$(VENV)/bin/python -m sphinx -W --keep-going -q docs build/docs
 
 # dependencies are resolved from the wheel's own metadata here, held to the pinned versions
 wheel: $(READY)

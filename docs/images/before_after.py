@@ -1,7 +1,7 @@
 """Draws the README's picture of before and after from a run of the demo.
 
 baft demo --json > demo.json
-python docs/before_after.py demo.json docs/before_after.png
+python docs/images/before_after.py demo.json docs/images/before_after.png
 """
 
 from __future__ import annotations
