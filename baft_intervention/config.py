@@ -26,7 +26,7 @@ Init = Literal["identity", "random"]
 Order = Literal["auto", "depth", "breadth"]
 Schedule = Literal["linear", "constant"]
 
-# layer 27 of 30 on SmolLM2: of 20, 25 and 27 the edits there generalise best on the validation parts (docs/tradeoff.md)
+# layer 27 of 30 on SmolLM2: of 20, 25 and 27 the edits there generalise best on the validation parts (docs/theory/gate.md)
 DEFAULT_DEPTH = 0.9
 MOST_SEED = 2**63 - 1  # the largest that torch takes
 MOST_AUGMENTATIONS = 12  # sentences that can stand before a request

@@ -6,7 +6,7 @@ A method is a file in benchmarks/methods, a task one in benchmarks/tasks (or a p
 `baft evaluate` in a process of its own, so its peak memory is its own, and a cell that fails does not end the others. The
 same command again finishes what is missing. Afterwards: python benchmarks/report.py DIR.
 
-Several GPUs, or machines, share the records of each cell out (docs/distributed.md):
+Several GPUs, or machines, share the records of each cell out (docs/howto/gpus.md):
 
     python benchmarks/run.py --methods baft --device cuda --launch "torchrun --standalone --nproc_per_node 4" --out DIR
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ exclude_patterns = ["**/.ipynb_checkpoints"]
 nb_execution_mode = "off"  # the tests run the notebooks; the site shows their committed outputs
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
-suppress_warnings = ["ref.python"]  # a public name is documented twice, on its own page and in its module; either is right
+suppress_warnings = [
+    "ref.python"
+]  # a public name is documented twice, on its own page and in its module; either is right
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
@@ -37,6 +40,7 @@ autodoc_class_signature = "mixed"
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_custom_sections = [("Class attributes", "params_style")]
 
 html_theme = "furo"
 html_title = "baft_intervention"
@@ -82,7 +86,29 @@ def _write_reference(app: Any) -> None:
             page.unlink()
 
 
+def _indented_is_literal(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """An indented paragraph of a docstring is a formula, a record or code, as in Markdown; reST takes it for a quotation."""
+    above, blank, found = "", False, []
+    for line in lines:
+        deeper = len(line) - len(line.lstrip()) > len(above) - len(above.lstrip())
+        if (
+            line.strip()
+            and blank
+            and deeper
+            and not above.endswith("::")
+            and not re.match(r"\s*([*-]|\.\.|\d+\.) ", above)
+        ):
+            found += [f"{' ' * (len(above) - len(above.lstrip()))}::", ""]
+            above = "::"  # its further lines belong to it
+        if line.strip() and not (above == "::" and line.startswith(" ")):
+            above = line
+        blank = not line.strip()
+        found.append(line)
+    lines[:] = found
+
+
 def setup(app: Any) -> None:
+    app.connect("autodoc-process-docstring", _indented_is_literal, priority=400)  # before napoleon
     app.connect("builder-inited", _write_reference)
     app.connect("builder-inited", _copy_notebooks)
     app.connect("source-read", _site_links)

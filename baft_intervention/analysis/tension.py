@@ -12,7 +12,7 @@ spread of the paraphrases P about it. For every ``k >= 0``, if ``K = C + k S`` i
 
 An update that is large at the edit and steady on its paraphrases therefore cannot be small on unrelated input, unless the
 edit lies far outside of it (a large Mahalanobis distance m). Input-aware weights make u non-affine, and nothing of the proof
-is left. ``docs/theorem.md`` has two more statements, when equality holds, and what this says in practice.
+is left. ``docs/theory/linear.md`` has two more statements, when equality holds, and what this says in practice.
 """
 
 from __future__ import annotations

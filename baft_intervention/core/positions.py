@@ -1,15 +1,15 @@
 """Which tokens are edited.
 
-=============  =======================================================================================
-rule           edited tokens
-=============  =======================================================================================
-``last``       the last token of the prompt (the default)
-``subject``    the last token of the subject
+===============  =====================================================================================
+rule             edited tokens
+===============  =====================================================================================
+``last``         the last token of the prompt (the default)
+``subject``      the last token of the subject
 ``subject_all``  every token of the subject
-``prompt``     every token of the prompt
-``all``        every token of prompt and answer, generated ones included
-``f3+l2``      the first three and the last two tokens of the prompt (``f3`` or ``l2`` alone too)
-=============  =======================================================================================
+``prompt``       every token of the prompt
+``all``          every token of prompt and answer, generated ones included
+``f3+l2``        the first three and the last two tokens of the prompt (``f3`` or ``l2`` alone too)
+===============  =====================================================================================
 
 A rule of your own is one function and one line::
 

@@ -11,7 +11,7 @@ column                                  example                                 
 ``multiple_choice_with_letters``        A. Doug Ford  B. … (right: the labels' D)     rephrase / multiple_choice
 ``yes_question``, ``no_question``       Is Olivia Chow the head …? Is John Tory …?    rephrase / yes, rephrase / no
 ``reversed_relation_question``          Which city is governed by Olivia Chow?        portability / reversed
-``question_2hop`` to ``question_6hop``  Which party is the head of … affiliated with? portability / 2hop to 6hop
+``question_2hop`` to ``question_6hop``  Which party is the head of … member of?       portability / 2hop to 6hop
 ``locality_question``                   What is a famous landmark in Toronto?         locality / same_subject
 ======================================  ============================================  ==============================
 

@@ -8,11 +8,12 @@ The common record::
 
 ``rephrase_prompt`` (ZsRE only) becomes a ``rephrase`` probe, a group under ``portability`` or ``locality`` probes of that
 kind under the file's own group name. What the names mean:
-    * ``Subject_Aliasing``: the same question with another name of the subject. A paraphrase in all but name, but
-      KnowEdit counts it as portability, and so do we.
-    * ``Reasoning``, ``Logical_Generalization``: one hop further; a consequence such as the inverse relation.
-    * ``Relation_Specificity``: the same subject, another relation: nothing may move.
-    * ``Forgetfulness``: the same relation where it has several values ("… which is not *new* …"): the old stays.
+
+* ``Subject_Aliasing``: the same question with another name of the subject. A paraphrase in all but name, but
+  KnowEdit counts it as portability, and so do we.
+* ``Reasoning``, ``Logical_Generalization``: one hop further; a consequence such as the inverse relation.
+* ``Relation_Specificity``: the same subject, another relation: nothing may move.
+* ``Forgetfulness``: the same relation where it has several values ("… which is not *new* …"): the old stays.
 
 Traps:
     * ``ground_truth`` is a text, a list, or a list of alias lists, file by file and item by item; some alias lists

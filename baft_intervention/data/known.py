@@ -6,9 +6,11 @@
 
 There is nothing to edit in it. It serves as a pool of statements that a model may already answer, for calibration, causal tracing
 and edits of known facts. The option ``target`` makes requests of it:
-    * ``known``: ``target_new`` is the true ``attribute`` (an edit that should change nothing);
-    * ``counterfactual``: ``target_new`` is the attribute of another record of the same relation, drawn by ``seed``, and the true
-      one is ``target_true``.
+
+* ``known``: ``target_new`` is the true ``attribute`` (an edit that should change nothing);
+* ``counterfactual``: ``target_new`` is the attribute of another record of the same relation, drawn by ``seed``, and the true
+  one is ``target_true``.
+
 ``template`` is the beginning of ``prompt``, not another wording of it, so there are no probes.
 """
 

@@ -7,11 +7,12 @@
 
 One record is a *case*: a chain of facts, several of which are edited, and a question that needs the whole chain. Each edit
 becomes a request; all carry the record's ``case_id`` and must be applied together before anything is asked. The probes:
-    * each edit's own question and cloze (kind ``rephrase``, group ``single_hop``), with the aliases of the new chain;
-    * hops of the new chain that no edit touches (kind ``portability``, group ``single_hop``), on the case's last request;
-    * the multi-hop question in its three wordings (kind ``portability``, group ``multi_hop``), on the case's **last** request, so
-      that they are asked once and, when edits are scored one after another, only when all of the case's edits are in.
-      The published multi-hop accuracy counts a case as right where *any* of the three is.
+
+* each edit's own question and cloze (kind ``rephrase``, group ``single_hop``), with the aliases of the new chain;
+* hops of the new chain that no edit touches (kind ``portability``, group ``single_hop``), on the case's last request;
+* the multi-hop question in its three wordings (kind ``portability``, group ``multi_hop``), on the case's **last** request, so
+  that they are asked once and, when edits are scored one after another, only when all of the case's edits are in.
+  The published multi-hop accuracy counts a case as right where *any* of the three is.
 
 Traps: edits of different cases contradict each other (one language for one country here, another there), so cases
 cannot all be held at once; MQuAKE-hard's chains all have four edits; prompts carry typing errors ("origianl").

@@ -2,23 +2,23 @@
 
 Names of a record's metrics (a group's name is put behind a slash, e.g. ``portability/Reasoning``):
 
-====================================  =================================================================================
-``reliability`` ``generality``        token accuracy on the edit's prompt, and on rephrases (mean over probes)
-``portability``                       the same on consequences; by group as ``portability/<group>``
-``locality`` ``unrelated``            share of argmax tokens that did not move, along the data set's answer
-``<name>_easyedit``                   any of these with white-space lead tokens counted, as EasyEdit counts
-``<name>_exact``                      all tokens right (reliability, generality, portability)
-``locality_kl`` ``unrelated_kl``      KL(unedited || edited) in nats, mean over positions
+=============================================  ============================================================================
+``reliability`` ``generality``                 token accuracy on the edit's prompt, and on rephrases (mean over probes)
+``portability``                                the same on consequences; by group as ``portability/<group>``
+``locality`` ``unrelated``                     share of argmax tokens that did not move, along the data set's answer
+``<name>_easyedit``                            any of these with white-space lead tokens counted, as EasyEdit counts
+``<name>_exact``                               all tokens right (reliability, generality, portability)
+``locality_kl`` ``unrelated_kl``               KL(unedited || edited) in nats, mean over positions
 ``efficacy`` ``paraphrase`` ``neighbourhood``  ROME's probability success, and ``_magnitude``
-``perplexity``                        of the target after the edit's prompt
-``convsent``                          SERAC's score on the reworded question
-``generation_em`` ``_f1``             greedy text cut at end of sequence, on the edit's prompt
-``generation_em_sentence``            the same cut at the first line or sentence end as well
-``generation_prefix``                 the text begins with the answer
-``rephrase_generation_*``             the same on rephrases
-``multi_hop``                         MQuAKE's accuracy of the case, by generated text that begins with the answer
-``fluency``                           n-gram entropy (bits) of a sampled continuation of the edit's prompt
-====================================  =================================================================================
+``perplexity``                                 of the target after the edit's prompt
+``convsent``                                   SERAC's score on the reworded question
+``generation_em`` ``_f1``                      greedy text cut at end of sequence, on the edit's prompt
+``generation_em_sentence``                     the same cut at the first line or sentence end as well
+``generation_prefix``                          the text begins with the answer
+``rephrase_generation_*``                      the same on rephrases
+``multi_hop``                                  MQuAKE's accuracy of the case, by generated text that begins with the answer
+``fluency``                                    n-gram entropy (bits) of a sampled continuation of the edit's prompt
+=============================================  ============================================================================
 
 A metric of your own is one function and one line::
 

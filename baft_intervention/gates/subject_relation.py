@@ -42,7 +42,7 @@ class Directions(nn.Module):
 class SubjectRelationWeighting(WeightingNetwork):
     """``w(h) = sigmoid(a min(subject, relation))``: open where the prompt is about the edit's subject *and* relation (ours).
 
-    A language model shows the two at different places (measurements in ``docs/tradeoff.md``).
+    A language model shows the two at different places (measurements in ``docs/theory/gate.md``).
 
     *Subject*: at the output of an early block, a token's whitened representation tells which entity it ends, anywhere in
     a prompt and whatever stands around it:

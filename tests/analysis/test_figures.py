@@ -273,7 +273,7 @@ def test_loreft_leaks_at_least_what_the_bound_says_and_the_default_gate_does_not
     assert gated.size == pytest.approx(loreft.size, rel=0.05)  # the gate is open at the edit: the same map
     assert len(loreft.paraphrases) == 2
     for distance, size in (*loreft.paraphrases, *loreft.unrelated):
-        assert size >= 1 - loreft.slope * distance - 1e-4  # docs/theorem.md, 1
+        assert size >= 1 - loreft.slope * distance - 1e-4  # docs/theory/linear.md, 1
 
 
 def test_what_cannot_be_measured_is_said(tiny_llama, tokenizer):
