@@ -42,20 +42,15 @@ import baft_intervention
 from baft_intervention import BaftConfig, BaftEditor, EditRequest
 from baft_intervention.models.loading import load_model
 from baft_intervention.models.structure import find_blocks, hidden_size, text_config
-from baft_intervention.runtime.onednn_linear import product
-from baft_intervention.runtime.partial_forward import predicting, used_width
-from baft_intervention.training.batch import Batch
-from baft_intervention.training.engine import (
-    Job,
-    ReferenceEngine,
-    Row,
-    TrainingContext,
-    edit_seed,
-    encode_request,
-    frozen,
-    make_maps,
-)
+from baft_intervention.runtime.onednn_linear import linear
+from baft_intervention.runtime.partial_forward import predicting_columns, used_width
+from baft_intervention.training.batch import Batch, frozen
+from baft_intervention.training.encoding import encode_request
 from baft_intervention.training.fast import FastEngine
+from baft_intervention.training.maps import edit_seed, make_maps
+from baft_intervention.training.reference import ReferenceEngine
+from baft_intervention.training.stacked import StackedMaps
+from baft_intervention.training.types import Job, TrainingContext, TrainingRow
 
 RANK, LEARNING_RATE = 12, 1e-2
 PROMPT, TARGET = 16, 3  # tokens of an edit; METHOD's timings had 19 in all
@@ -142,7 +137,7 @@ def make_model(shape: str, device: torch.device, dtype: torch.dtype) -> tuple[An
     return model.eval(), Tokens()
 
 
-def make_rows(case: Case, vocabulary: int) -> list[Row]:
+def make_rows(case: Case, vocabulary: int) -> list[TrainingRow]:
     """Random ids: 16 of prompt and 3 of target, or of mixed lengths around that."""
     draw = random.Random(0)
     rows = []
@@ -151,7 +146,7 @@ def make_rows(case: Case, vocabulary: int) -> list[Row]:
         target = draw.choice((1, 2, 2, 3, 3, 3, 4, 4, 5)) if case.mixed else TARGET
         ids = [draw.randrange(3, vocabulary) for _ in range(prompt + target)]
         columns = [prompt - 1] if case.positions == "last" else list(range(prompt))
-        rows.append(Row(ids, [-100] * prompt + ids[prompt:], columns))
+        rows.append(TrainingRow(ids, [-100] * prompt + ids[prompt:], columns))
     return rows
 
 
@@ -162,7 +157,7 @@ def make_config(case: Case, steps: int) -> BaftConfig:
     )  # fmt: skip
 
 
-def make_jobs(case: Case, rows: list[Row], config: BaftConfig, dim: int) -> list[Job]:
+def make_jobs(case: Case, rows: list[TrainingRow], config: BaftConfig, dim: int) -> list[Job]:
     jobs = []
     for i, row in enumerate(rows):
         request = EditRequest(f"edit {i}", "x")
@@ -170,7 +165,7 @@ def make_jobs(case: Case, rows: list[Row], config: BaftConfig, dim: int) -> list
     return jobs
 
 
-def floor_flops(model: nn.Module, rows: list[Row], lowest: int) -> float:
+def floor_flops(model: nn.Module, rows: list[TrainingRow], lowest: int) -> float:
     """Operations of one step of all rows, see the module."""
     blocks, d = find_blocks(model), hidden_size(model)
     above = len(blocks) - 1 - lowest
@@ -181,7 +176,7 @@ def floor_flops(model: nn.Module, rows: list[Row], lowest: int) -> float:
         first, width = min(row.positions), used_width(row)
         columns = width - first
         seen = sum(range(first + 1, width + 1))  # keys that the queries look at
-        total += above * (2 * weights * columns + 4 * d * seen) + 2 * vocabulary * d * len(predicting(row))
+        total += above * (2 * weights * columns + 4 * d * seen) + 2 * vocabulary * d * len(predicting_columns(row))
     return 2 * total  # the backward pass to the activations does the same products once more
 
 
@@ -209,7 +204,7 @@ def reft_model(model: Any, case: Case, device: torch.device, dtype: torch.dtype)
 class PyreftLoop:
     """What pyreft's users write by hand: a ``ReftModel``, its loss, ``backward``, AdamW."""
 
-    def __init__(self, model: Any, case: Case, row: Row, device: torch.device, dtype: torch.dtype):
+    def __init__(self, model: Any, case: Case, row: TrainingRow, device: torch.device, dtype: torch.dtype):
         self.reft = reft_model(model, case, device, dtype)
         parameters = [p for p in self.reft.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
@@ -229,7 +224,9 @@ class PyreftLoop:
 class PyreftTrainer:
     """pyreft's ``ReftTrainerForCausalLM``, mended as little as it takes to run; times of its own steps."""
 
-    def __init__(self, model: Any, case: Case, row: Row, device: torch.device, dtype: torch.dtype, clock: Clock):
+    def __init__(
+        self, model: Any, case: Case, row: TrainingRow, device: torch.device, dtype: torch.dtype, clock: Clock
+    ):
         import pyreft
         from datasets import Dataset
 
@@ -273,16 +270,17 @@ class PyreftTrainer:
 
 
 @contextmanager
-def fast_step(model: Any, tokenizer: Any, case: Case, rows: list[Row]) -> Iterator[Callable[[], Any]]:
+def fast_step(model: Any, tokenizer: Any, case: Case, rows: list[TrainingRow]) -> Iterator[Callable[[], Any]]:
     """One step of the fast path on all rows, its caches made."""
     config = make_config(case, 10**6)
     engine = FastEngine(model, tokenizer, config, case.layers, strict=True)
     jobs = dict(enumerate(make_jobs(case, rows, config, hidden_size(model))))
     with frozen(engine.model):
-        suffix = engine.prepare([row for job in jobs.values() for row in job.rows])
-        if suffix is None:
+        forward = engine.prepare([row for job in jobs.values() for row in job.rows])
+        if forward is None:
             raise RuntimeError("the fast path cannot be taken for this model")
-        yield Batch(jobs, suffix, config, case.layers, TrainingContext()).step
+        maps = StackedMaps([job.maps for job in jobs.values()], config, TrainingContext(), forward.device)
+        yield Batch(jobs, forward, maps, config).step
 
 
 def profile(model: Any, tokenizer: Any, case: Case) -> str:
@@ -305,7 +303,7 @@ def matrix_rate(clock: Clock, device: torch.device, dtype: torch.dtype) -> float
     best = 0.0
     for n in (1024, 1536) if device.type == "cpu" else (4096, 8192):
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-        for multiply in (torch.matmul, product):
+        for multiply in (torch.matmul, linear):
             clock(lambda: multiply(a, b))  # noqa: B023
             best = max(best, 2 * n**3 / min(clock(lambda: multiply(a, b)) for _ in range(3)))  # noqa: B023
     return best
@@ -369,7 +367,7 @@ def measure(model: Any, tokenizer: Any, case: Case, args: argparse.Namespace, cl
 
 
 def throughput(
-    model: Any, tokenizer: Any, case: Case, rows: list[Row], args: argparse.Namespace, clock: Clock
+    model: Any, tokenizer: Any, case: Case, rows: list[TrainingRow], args: argparse.Namespace, clock: Clock
 ) -> dict[str, Any]:
     """Whole edits of 20 steps, caches and checks included: how many a second, and the memory at the peak."""
     config = make_config(case, 20)

@@ -28,7 +28,7 @@ from baft_intervention.evaluation.scoring import Scorer
 from baft_intervention.models.fingerprint import model_fingerprint
 from baft_intervention.models.structure import find_blocks
 from baft_intervention.runtime import distributed
-from baft_intervention.training.engine import ReferenceEngine
+from baft_intervention.training.reference import ReferenceEngine
 from edits import FACTS, FRANCE, LEO, PROMPTS, TOWER, logits, tiny_editor
 from evaluation.helpers import make_requests
 from tiny import tiny_model, tiny_tokenizer

@@ -30,7 +30,7 @@ from ..errors import ConfigError, EditError
 from ..models.tokenization import IGNORE_INDEX, encode_pair, pad_rows, pad_token_id
 from ..requests import EditRequest
 from ..runtime.call_state import hook_block
-from ..training.engine import encode_request
+from ..training.encoding import encode_request
 from .inspection import basis_weights, read_prompt, subject_scores_of
 from .tension import Tension, edit_coordinates, least_leak, read_rows, read_texts, tension, the_layer
 

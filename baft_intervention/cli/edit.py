@@ -215,7 +215,7 @@ def _settings(args: argparse.Namespace) -> BaftConfig:
 def _usable(editor: BaftEditor, requests: Sequence[EditRequest]) -> tuple[list[EditRequest], list[str]]:
     """Requests that can be trained, and what is wrong with the others."""
     from ..models.chat import render_request
-    from ..training.engine import encode_request
+    from ..training.encoding import encode_request
 
     good: dict[str, EditRequest] = {}
     bad = []

@@ -1,10 +1,10 @@
-"""The map itself: pure functions on tensors.
+"""The map as pure functions on tensors.
 
     Phi(h) = h + R^T diag(w) (A h + b - R h) = h + sum_k w_k r_k (a_k^T h + b_k - r_k^T h)
 
 ``R (r, d)`` has orthonormal rows ``r_k``, ``A (r, d)`` and ``b (r,)`` are the projected source of LoReFT (Wu et al.
 2024, arXiv 2404.03592: ``w = 1``), and ``w = w(h) in (0, 1)^r`` weighs each basis by the input
-(BaFT, Liu et al. 2025, arXiv 2503.00306; the exact form of ``w`` is our reading, see the README).
+(BaFT, Liu et al. 2025, arXiv 2503.00306; the exact form of ``w`` is our reading).
 
 All functions broadcast over leading dimensions: ``h (..., d)`` with one map, or ``h (E, n, d)`` with ``E`` stacked
 maps ``R (E, r, d)``. Arithmetic is in the dtype of the parameters (fp32 in the library); the caller casts the result
@@ -34,11 +34,6 @@ def baft_update(h: Tensor, basis: Tensor, source: Tensor, bias: Tensor, weights:
     # (A - R) h in one product: A h + b - R h  -> (..., n, r)
     coordinates = h @ (source - basis).mT + bias.unsqueeze(-2)
     return (weights * coordinates) @ basis
-
-
-def baft_map(h: Tensor, basis: Tensor, source: Tensor, bias: Tensor, weights: Tensor) -> Tensor:
-    """``Phi(h) = h + R^T diag(w) (A h + b - R h)`` in the dtype of ``h``; arguments as :func:`baft_update`."""
-    return (h + baft_update(h, basis, source, bias, weights)).to(h.dtype)
 
 
 def update_bound(basis: Tensor, source: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,14 +36,6 @@ def orthonormal_rows(matrix: Tensor) -> Tensor:
     return (q * sign.unsqueeze(-2)).mT
 
 
-def within(matrix: Tensor, directions: Tensor | None) -> Tensor:
-    """The rows of ``matrix (..., r, d)`` projected onto the span of ``directions U (..., n, d)``, orthonormal: ``V U^T U``.
-
-    The projection is in the graph: what a step of any optimiser puts outside of the span has no effect. None is all of it.
-    """
-    return matrix if directions is None else (matrix @ directions.mT) @ directions
-
-
 def random_orthonormal(rank: int, dim: int, generator: torch.Generator | None = None) -> Tensor:
     """A random ``(rank, dim)`` fp32 basis, uniform over subspaces (QR of a normal matrix).
 

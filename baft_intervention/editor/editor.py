@@ -21,7 +21,6 @@ from ..config import BaftConfig
 from ..environment import library_versions
 from ..errors import AdapterError, ConfigError, EditError, RequestError, StoreError
 from ..gates import weighting_class
-from ..models.chat import render_request
 from ..models.fingerprint import config_hash, model_fingerprint
 from ..models.loading import give_pad_token, load_model
 from ..models.structure import context_length, is_sharded
@@ -36,8 +35,10 @@ from ..storage.hub import CARD, fetched_adapter, is_repo_id, model_card, push_fo
 from ..storage.merge import MergeReport, OnConflict, check_same_coordinates, plan_merge
 from ..storage.working_store import MainStore, Store, open_store, write_directory
 from ..training.bank import Bank, encode_texts, get_bank
-from ..training.engine import Job, TrainedEdit, TrainingContext, encode_request, make_engine
+from ..training.encoding import encode_requests
+from ..training.engine import make_engine
 from ..training.gate_initialisation import make_jobs, shared_context
+from ..training.types import EncodedRequest, Job, TrainingContext
 
 logger = logging.getLogger(__name__)
 _CHUNK = 64  # edits that are prepared and handed to the engine together
@@ -415,12 +416,11 @@ class BaftEditor:
             StoreError: the editor is kept in a folder that cannot be written to.
         """
         begin = time.perf_counter()
-        items = [requests] if isinstance(requests, EditRequest) else list(requests)
-        items = [render_request(self.tokenizer, r) if isinstance(r, EditRequest) else r for r in items]
-        self._check(items)
+        encoded = self._check([requests] if isinstance(requests, EditRequest) else list(requests))
+        items = [each.request for each in encoded]
         self.prepare()
         replaced = self._superseded(items)
-        groups = [tuple(items)] if self.config.allocation == "joint" else [(item,) for item in items]
+        groups = [tuple(encoded)] if self.config.allocation == "joint" else [(each,) for each in encoded]
         before, waiting = self.edits, _Waiting(replaced)
         done: list[Edit] = []
         marks = [self._store and self._store.mark()]  # of the log, after each edit that is done
@@ -433,11 +433,7 @@ class BaftEditor:
                 self.adapter.remove(edit.id)
             with self.adapter.enabled(False), bar:
                 for first in range(0, len(groups), chunk):
-                    for asked, trained in self._trained(engine, groups[first : first + chunk]):
-                        edit = Edit(
-                            asked[0].id, tuple(asked), trained.tensors, trained.used, trained.loss, trained.steps,
-                            trained.seconds, trained.reached,
-                        )  # fmt: skip
+                    for edit in self._trained(engine, groups[first : first + chunk]):
                         self._commit(edit, waiting.superseded_by(edit))
                         marks.append(self._store and self._store.mark())
                         done.append(edit)
@@ -470,28 +466,26 @@ class BaftEditor:
             return f"its target is of {longest} tokens: edit a lower block, layers=({lower},), or raise steps"
         return "raise steps or rank"
 
-    def _trained(
-        self, engine: Any, groups: Sequence[Sequence[EditRequest]]
-    ) -> Iterator[tuple[Sequence[EditRequest], TrainedEdit]]:
-        """What comes of each group of requests, in order, as soon as it is there; the same on all ranks."""
+    def _trained(self, engine: Any, groups: Sequence[Sequence[EncodedRequest]]) -> Iterator[Edit]:
+        """The edit of each group of requests, in order, as soon as it is trained; the same on all ranks."""
         if world_size() == 1:
-            yield from zip(groups, engine.train_many(self._jobs(groups), self._surroundings()), strict=True)
+            yield from engine.train_many(self._jobs(groups), self._surroundings())
         elif self._independent and self.config.allocation != "joint" and not is_sharded(self.model):
             around = self._surroundings()
             own = gather(lambda: list(engine.train_many(self._jobs(shard(groups)), around)))
-            yield from zip(groups, unshard(own), strict=True)
+            yield from unshard(own)
         else:  # the ranks call the model equally often, as it must be where its parameters are sharded
-            for job, group in zip(self._jobs(groups), groups, strict=True):
+            for job in self._jobs(groups):
                 for module in job.maps.values():  # so that all begin at the same bits
                     module.load_state_dict(from_main(module.state_dict))
-                yield group, engine.train_data_parallel(job, self._surroundings())
+                yield engine.train_data_parallel(job, self._surroundings())
 
     @property
     def _independent(self) -> bool:
         """Whether edits train together: those that compete do; those that add up train on top of the earlier ones."""
         return self.adapter.routed and self.config.order != "depth"
 
-    def _jobs(self, groups: Sequence[Sequence[EditRequest]]) -> list[Job]:
+    def _jobs(self, groups: Sequence[Sequence[EncodedRequest]]) -> list[Job]:
         return make_jobs(
             self.model, self.tokenizer, self.config, self.adapter.layers, groups, shared=self.adapter.shared,
             bank=self._bank(),
@@ -577,32 +571,38 @@ class BaftEditor:
         self.adapter.extend(coming)
         return report
 
-    def _check(self, items: Sequence[EditRequest]) -> None:
-        if not items:
+    def _check(self, requests: Sequence[Any]) -> list[EncodedRequest]:
+        """Render, encode and check the requests of one call."""
+        if not requests:
             raise RequestError("there is no request to edit; give at least one EditRequest")
+        for i, request in enumerate(requests):
+            if not isinstance(request, EditRequest):
+                raise RequestError(
+                    f"requests[{i}] is {request!r}; it must be an EditRequest (EditRequest.from_dict reads dicts)"
+                )
+        encoded = encode_requests(self.tokenizer, requests, self.config)
         prompts: dict[str, EditRequest] = {}
         context = context_length(self.model)
-        for i, item in enumerate(items):
-            if not isinstance(item, EditRequest):
-                raise RequestError(
-                    f"requests[{i}] is {item!r}; it must be an EditRequest (EditRequest.from_dict reads dicts)"
-                )
+        for each in encoded:
+            item = each.request
             if item.prompt in prompts:
                 raise RequestError(
                     f"{item.where}: the same prompt is edited twice in one call, to {prompts[item.prompt].target_new!r} and "
                     f"to {item.target_new!r}; keep one"
                 )
             prompts[item.prompt] = item
-            tokens = len(encode_request(self.tokenizer, item, self.config).ids)
+            tokens = len(each.row.ids)
             if context and tokens > context:
                 raise RequestError(
                     f"{item.where}: {tokens} tokens of prompt and target, but the model reads {context}; shorten them"
                 )
+        items = [each.request for each in encoded]
         going = {edit.id for edit in self._superseded(items)}
         ids = Counter(item.id for item in items)
         for item in items:
             if ids[item.id] > 1 or (item.id not in going and self.adapter.find(item.id) is not None):
                 raise RequestError(f"{item.where}: the id {item.id!r} is taken by another edit; choose another id")
+        return encoded
 
     def prepare(self) -> bool:
         """Fit now what the edits of each layer share (the gates' measure of unrelated text), not at the first edit.

@@ -1,15 +1,13 @@
-"""Forward passes that compute only what is asked for: three tools on any decoder-only model.
+"""Forward passes that compute only what scoring needs, on any decoder-only model.
 
-* :class:`LogitReader`: logits at chosen positions. The output head is the largest matrix of a small model;
-  a hook picks the wanted hidden states *before* it, so whatever the model does after the head (Gemma 2's soft
-  cap, Cohere's scale) still happens. Checked against the full logits at first use; where the two differ,
-  full logits are used from then on.
-* :func:`capture_block_input` and :func:`resume_at`: blocks below an edit compute the same for every edited
-  model, so their result is computed once and they are skipped afterwards.
+* :class:`LogitReader`: logits at chosen positions. The output head is the largest matrix of a small model. A hook picks
+  the wanted hidden states *before* it, so whatever the model does after the head (Gemma 2's soft cap, Cohere's scale)
+  still happens. The first use checks the result against the full logits; where the two differ, full logits are used.
+* :func:`capture_block_input` and :func:`resume_at`: the blocks below an edit compute the same for every edited model.
+  They run once and are skipped afterwards.
 * :func:`decode_tokens`: batched decoding with a KV cache, which can begin behind a known continuation.
 
-Nothing here knows about edits, but for :func:`decode_tokens`, which takes the context manager in which the
-prompt is read.
+Only :func:`decode_tokens` knows about edits: it takes the context manager in which the prompt is read.
 """
 
 from __future__ import annotations
@@ -26,26 +24,27 @@ from torch import nn
 
 from ..models.structure import compute_device, find_blocks
 from ..models.tokenization import pad_rows
+from ..runtime.block_stubs import StopForward, leading, skipped_blocks, watched_blocks
 
 logger = logging.getLogger(__name__)
 
-_TOLERANCE = 1e-4  # of the largest logit's size; the two ways differ by matrix shapes only
+_TOLERANCE = 1e-4  # relative to the largest logit; the two results differ by the shapes of the products only
 TOP_K = 5  # as ROME's generate_fast
 
 
-# what the first use of a model has shown, so that it is shown once a model and not once an edit
+# the result of the check at a model's first use, so that it runs once a model and not once an edit
 _CHECKED: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 class LogitReader:
-    """Reads logits at ``(row, column)`` positions of a batch, and the hidden states that the head saw there.
+    """Reads logits at ``(row, column)`` positions of a batch, and the hidden states that the head takes there.
 
     Args:
         model: a causal language model of transformers.
 
     Attributes:
-        selective: ``True`` where only the chosen positions go through the head, ``False`` after a fallback to
-            full logits, ``None`` before the first use.
+        selective: ``True`` where only the chosen positions go through the head, ``False`` where full logits are
+            used, ``None`` before the first use.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -74,7 +73,7 @@ class LogitReader:
         Args:
             ids, mask: ``(B, T)``.
             rows, columns: ``(N,)``, the wanted positions.
-            extra: hidden states ``(M, d)`` that go through the head besides (kept from the unedited model).
+            extra: further hidden states ``(M, d)`` for the head (kept from the unedited model).
             kwargs: further arguments of the model (``use_cache``, ``past_key_values``, ``position_ids``).
 
         Returns:
@@ -109,7 +108,7 @@ class LogitReader:
         return output.logits[0], picked[0], output
 
     def _agrees(self, ids, mask, rows, columns, kwargs) -> bool:
-        """Whether the two ways give the same logits, tried on the first batch (without its cache)."""
+        """Whether both give the same logits on the first batch (without its cache)."""
         plain = {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")}
         n = min(len(rows), 8)
         with torch.no_grad():
@@ -132,95 +131,60 @@ class LogitReader:
 
 @dataclass
 class BlockInput:
-    """What goes into block ``layer`` for a padded batch: ``hidden (B, T, d)``; ``as_tuple``: blocks return tuples."""
+    """The input ``hidden (B, T, d)`` of block ``layer`` for a padded batch; ``as_tuple``: the blocks return tuples."""
 
     layer: int
     hidden: torch.Tensor
     as_tuple: bool
 
 
-class _Stop(Exception):
-    """Ends a forward pass whose rest is not needed."""
-
-
-@contextlib.contextmanager
-def recording_block_inputs(
-    model: nn.Module, layers: Sequence[int], *, stop: bool = False
-) -> Iterator[list[BlockInput]]:
-    """Within it, each forward pass adds the :class:`BlockInput` of each of the layers to the list.
-
-    With ``stop`` the pass ends at the first of them, by an exception that :func:`capture_block_input` catches.
-    """
-    blocks = find_blocks(model)
-    found: list[BlockInput] = []
-    as_tuple: list[bool] = []
-
-    def recorder(layer: int) -> Callable[..., None]:
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            found.append(BlockInput(layer, hidden.detach(), as_tuple[-1]))
-            if stop:
-                raise _Stop
-
-        return before
-
-    def after(_: nn.Module, __: Any, output: Any) -> None:
-        as_tuple.append(isinstance(output, tuple))
-
-    handles: list[Any] = [
-        blocks[layer].register_forward_pre_hook(recorder(layer), with_kwargs=True) for layer in layers
-    ]
-    handles.append(blocks[0].register_forward_hook(after))
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
+@torch.no_grad()
 def capture_block_input(model: nn.Module, layer: int, ids: torch.Tensor, mask: torch.Tensor) -> BlockInput | None:
-    """The input of block ``layer`` for a batch, computed without the blocks from there on; ``None`` for ``layer`` 0."""
+    """The input of block ``layer`` for a batch, computed without the blocks from it on; ``None`` for ``layer`` 0."""
     if layer <= 0:
         return None
-    with torch.no_grad(), recording_block_inputs(model, [layer], stop=True) as found, contextlib.suppress(_Stop):
+    with recorded_block_inputs(model, [layer], stop=True) as found:
         model(input_ids=ids, attention_mask=mask, use_cache=False)
     return found[0]
 
 
 @contextlib.contextmanager
-def resume_at(model: nn.Module, start: BlockInput | None) -> Iterator[None]:
-    """Within it, blocks below ``start.layer`` are not computed: that block receives ``start.hidden`` at once.
+def recorded_block_inputs(model: nn.Module, layers: Sequence[int], *, stop: bool = False) -> Iterator[list[BlockInput]]:
+    """Inside, each forward pass adds the :class:`BlockInput` of each layer to the list; with ``stop`` it ends at the last."""
+    blocks, found = find_blocks(model), []
 
-    The batch must be the one from which ``start`` was taken, and no KV cache may be in use. Hooks on the block
-    *just* below still run, on its true output: an edit of block ``L``'s output by a hook may resume at ``L + 1``.
+    def keep(layer: int) -> Callable[[Any], None]:
+        def hook(output: Any) -> None:
+            found.append(BlockInput(layer, leading(output).detach(), isinstance(output, tuple)))
+            if stop and layer == max(layers):
+                raise StopForward
+
+        return hook
+
+    with watched_blocks(blocks, {layer - 1: keep(layer) for layer in layers}):
+        yield found
+
+
+@contextlib.contextmanager
+def resume_at(model: nn.Module, start: BlockInput | None) -> Iterator[None]:
+    """Inside, the model does not run the blocks below ``start.layer``: that block receives ``start.hidden`` at once.
+
+    The batch must be the one that ``start`` was taken from, without a KV cache. Hooks on the block *just* below still
+    run, on its true output: where a hook edits the output of block ``L``, the pass may resume at ``L + 1``.
     """
     if start is None or start.layer <= 0:
         yield
         return
-    blocks = find_blocks(model)
-
-    def stub(*_: Any, **__: Any) -> Any:
-        return (start.hidden,) if start.as_tuple else start.hidden
-
-    skipped = [blocks[i] for i in range(start.layer)]
-    own = [block.__dict__.get("forward") for block in skipped]
-    try:
-        for block in skipped:
-            block.forward = stub
+    extras = 0 if start.as_tuple else None
+    with skipped_blocks(find_blocks(model), start.layer - 1, start.hidden, extras, run_hooks=True):
         yield
-    finally:
-        for block, forward in zip(skipped, own, strict=True):
-            if forward is None:
-                block.__dict__.pop("forward", None)
-            else:
-                block.forward = forward
 
 
 # --- generation -------------------------------------------------------------------------------------------------------
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> set[int]:
-    """Every id that ends a text: the tokenizer's and those of the model's generation config."""
+    """The ids that end a text: the tokenizer's and those of the model's generation config."""
     found = {tokenizer.eos_token_id}
     more = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     found.update(more if isinstance(more, (list, tuple)) else [more])
@@ -241,9 +205,9 @@ def decode_tokens(
 ) -> list[list[int]]:
     """Continuations of all prompts in one batch, without the end token; greedy unless a row has a sampler.
 
-    The prompts are padded on the *right* and the padding stays masked behind them, so that an edit at the
-    last prompt token finds it where it is in scoring; positions are given, not counted. The prompt is
-    read once, in the context ``at_prompt(lengths)``; later steps run outside it.
+    The prompts are padded on the *right* and the padding stays masked, so that the last prompt token is where it is
+    in scoring; position ids are given explicitly. The prompt is read once, in the context ``at_prompt(lengths)``; later
+    steps run outside it.
 
     Args:
         reader: of the model to be run.
@@ -251,8 +215,8 @@ def decode_tokens(
         limits: most tokens of each continuation, ``known`` ones included.
         end_ids: ids that end a continuation.
         pad_id: any id; padding is masked.
-        known: the first tokens of each greedy continuation where they are known already (from teacher
-            forcing along an answer); saves one step each.
+        known: the first tokens of each greedy continuation, where teacher forcing along an answer has given them; each
+            saves a step.
         samplers: a row with a generator samples from its :data:`TOP_K` most likely tokens (ROME's way).
         at_prompt: context manager made from the prompts' lengths.
     """
@@ -270,7 +234,7 @@ def decode_tokens(
     with at_prompt(context) if at_prompt else contextlib.nullcontext():
         logits, _, output = reader(ids, mask, every, lengths - 1, use_cache=True)
     cache = output.past_key_values
-    # transformers 4.45 gives Gemma 2 a cache of the prompt's own length: the whole text is read again at each step there
+    # transformers 4.45 gives Gemma 2 a cache of the prompt's own length: there each step reads the whole text again
     fixed = getattr(cache, "max_cache_len", None) == ids.shape[1]
     zeros = torch.zeros_like(every)
     positions = torch.arange(ids.shape[1], device=device).expand_as(ids)

@@ -28,7 +28,7 @@ from ..models.tokenization import encode_prompt, pad_rows, pad_token_id
 from ..requests import EditRequest
 from .baseline_outputs import BaselineCache, BaselineOutputs, baseline_key, code_version
 from .edited import EditedModel
-from .forward import BlockInput, LogitReader, recording_block_inputs, resume_at
+from .forward import BlockInput, LogitReader, recorded_block_inputs, resume_at
 from .metrics import kl_divergence
 from .queries import Query, RecordQueries, TokenRow, make_record_queries, make_rows, pack
 
@@ -184,7 +184,7 @@ class Scorer:
         for batch in pack(rows, token_budget=self.token_budget, read_budget=self.read_budget):
             ids, mask = self._pad([rows[r] for r in batch])
             indices = _places(rows, batch)
-            with recording_block_inputs(self.model, self.resume_blocks) as seen:
+            with recorded_block_inputs(self.model, self.resume_blocks) as seen:
                 logits, hidden, _ = self.reader(ids, mask, *self._indices(indices))
             for block in seen:
                 as_tuple = block.as_tuple

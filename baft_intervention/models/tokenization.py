@@ -89,7 +89,7 @@ def pad_rows(
     rows: Sequence[Sequence[int]], pad_id: int, side: str = "right", width: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ragged id rows as ``(input_ids, attention_mask)``, both ``(B, T)`` int64, padded on ``side``; T at least ``width``."""
-    width = max(width or 0, *(len(row) for row in rows))
+    width = max([width or 0, *(len(row) for row in rows)])
     ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.long)
     for i, row in enumerate(rows):

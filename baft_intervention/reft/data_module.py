@@ -26,7 +26,7 @@ from ..errors import ConfigError, DataError
 from ..models.chat import render_request
 from ..models.tokenization import IGNORE_INDEX, pad_rows, pad_token_id
 from ..requests import EditRequest
-from ..training.engine import encode_request
+from ..training.encoding import encode_request
 
 COLUMNS = ("input_ids", "labels", "attention_mask", "intervention_locations")
 _FIELDS = ("prompt", "target_new", "subject")  # what is read of a row; other columns are left alone

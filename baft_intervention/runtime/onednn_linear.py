@@ -1,12 +1,11 @@
-"""Products with frozen fp32 weights on a CPU, by oneDNN.
+"""Linear layers with frozen fp32 weights on a CPU, computed by oneDNN.
 
-torch gives fp32 products to MKL, which is made for other machines than most: on an AMD EPYC core it reaches 95
-GFLOP/s on large products and 15 on the few rows of a single edit, oneDNN 215 and 30 (torch 2.13). torch has oneDNN built
-in and uses it for bf16, but offers it for fp32 to its own compiler alone. The result is fp32 either way and differs by
-rounding.
+torch computes fp32 products with MKL. On an AMD EPYC core MKL reaches 95 GFLOP/s on large products and 15 on the few rows
+of a single edit; oneDNN reaches 215 and 30 (torch 2.13). torch contains oneDNN and uses it for bf16, but for fp32 only its
+own compiler calls it. Both results are fp32 and differ by rounding.
 
-Where anything is different (another device or dtype, a layer that is not a plain linear one, a torch without the
-operator) torch's own product is taken.
+Everything else (another device or dtype, a layer that is not a plain linear one, a torch without the operator) uses
+torch's own product.
 """
 
 from __future__ import annotations
@@ -22,20 +21,20 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x (..., n) @ weight (m, n)^T + bias (m,)``; differentiable in ``x`` alone."""
-    if not _takes(x, weight):
+    if not _usable(x, weight):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Product.apply(x, weight, bias)
+        return _Linear.apply(x, weight, bias)
     return _onednn(x, weight, bias)
 
 
 @contextlib.contextmanager
-def faster_products(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, the linear layers among ``modules`` compute with :func:`product`; their weights must be frozen.
+def onednn_products(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, the linear layers among ``modules`` compute with :func:`linear`; their weights must be frozen.
 
-    Only plain layers: those of a subclass, parametrized, wrapped or compiled ones keep their own ``forward``.
+    Subclasses of linear layers, and parametrized, wrapped or compiled ones, keep their own ``forward``.
     """
     changed = [module for module in modules if type(module) in _FORWARD and "forward" not in module.__dict__]
     try:
@@ -47,16 +46,16 @@ def faster_products(modules: Iterable[nn.Module]) -> Iterator[None]:
             module.__dict__.pop("forward", None)
 
 
-def layers_to_speed_up(blocks: Iterable[nn.Module]) -> list[nn.Module]:
-    """The layers of ``blocks`` that :func:`faster_products` would change; none where it would not help."""
+def linear_layers(blocks: Iterable[nn.Module]) -> list[nn.Module]:
+    """The layers of ``blocks`` that :func:`onednn_products` speeds up."""
     found = [m for block in blocks if getattr(block, "_compiled_call_impl", None) is None for m in block.modules()]
     return [m for m in found if type(m) in _FORWARD and _fits(m.weight)]  # type: ignore[arg-type]
 
 
-class _Product(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.weight = weight  # frozen: it needs no saving
+        ctx.weight = weight  # frozen, so it need not be saved
         return _onednn(x, weight, bias)
 
     @staticmethod
@@ -69,17 +68,17 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _linear(module: nn.Module, x: Tensor) -> Tensor:
-    return product(x, module.weight, module.bias)  # type: ignore[arg-type]
+    return linear(x, module.weight, module.bias)  # type: ignore[arg-type]
 
 
 def _conv1d(module: nn.Module, x: Tensor) -> Tensor:
-    return product(x, module.weight.t(), module.bias)  # type: ignore[operator, arg-type]
+    return linear(x, module.weight.t(), module.bias)  # type: ignore[operator, arg-type]
 
 
 _FORWARD: dict[type, Callable[[nn.Module, Tensor], Tensor]] = {nn.Linear: _linear, Conv1D: _conv1d}
 
 
-def _takes(x: Tensor, weight: Tensor) -> bool:
+def _usable(x: Tensor, weight: Tensor) -> bool:
     return x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0 and _fits(weight)
 
 
@@ -95,7 +94,7 @@ def _fits(weight: Tensor) -> bool:
 
 @functools.cache
 def _available() -> bool:
-    """Whether this torch has the operator, takes a transposed view, and computes with it what ``F.linear`` does."""
+    """Whether torch has the operator, and it takes a transposed view and agrees with ``F.linear``."""
     if not torch.backends.mkldnn.is_available():
         return False
     generator = torch.Generator().manual_seed(0)

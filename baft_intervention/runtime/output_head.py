@@ -1,15 +1,14 @@
 """From the last block's output to the loss of target tokens: the final norm, the output matrix, cross entropy.
 
-The output matrix of a small model is a fifth of its parameters or more, and an edit asks it for a few positions only.
-Two plain products (logits, then their gradient) read it from memory twice and keep ``(N, V)`` logits between them.
-:func:`chunked_cross_entropy` reads it once, a slice of the vocabulary at a time while that lies in the cache, and
-keeps running sums in place of logits (the online softmax): loss, argmax and the gradient come out of one pass.
+The output matrix holds a fifth of a small model's parameters or more, and an edit needs it at a few positions only. Two
+plain products (the logits, then their gradient) read it from memory twice and keep ``(N, V)`` logits in between.
+:func:`chunked_cross_entropy` reads it once, in slices of the vocabulary that fit into the cache, and keeps running sums
+instead of logits (the online softmax): one pass gives the loss, the argmax and the gradient.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,21 +16,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..models.structure import text_config
-from .block_stubs import as_output, stubbed_blocks
-from .onednn_linear import product
+from .block_stubs import skipped_blocks
+from .onednn_linear import linear
 
 logger = logging.getLogger(__name__)
 
-# logits at a time: on a CPU as many as stay in a core's cache (measured: SmolLM2, 1 to 300 positions), on an
-# accelerator so that they are little beside the weights
-_SLICE = {"cpu": 400_000}
-_DEVICE_SLICE = 64 << 20
+# logits in a slice: on a CPU as many as stay in a core's cache (measured with SmolLM2 at 1 to 300 positions), on an
+# accelerator so many that they need little memory beside the weights
+_CPU_SLICE, _DEVICE_SLICE = 400_000, 64 << 20
 
 
 def chunked_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, cap: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cross entropy of each row, and whether its label is the argmax, without the ``(N, V)`` logits.
+    """The cross entropy of each row, and whether its label is the argmax, without keeping ``(N, V)`` logits.
 
     Args:
         hidden: ``(N, d)``, what the output matrix is applied to.
@@ -47,8 +45,8 @@ def chunked_cross_entropy(
 
 
 def slice_rows(weight: Tensor, n: int) -> int:
-    """Rows of ``weight`` that are taken at a time for ``n`` rows of input."""
-    rows = _SLICE.get(weight.device.type, _DEVICE_SLICE) // max(n, 1)
+    """Rows of ``weight`` in one slice, for ``n`` rows of input."""
+    rows = (_CPU_SLICE if weight.device.type == "cpu" else _DEVICE_SLICE) // max(n, 1)
     return max(256, min(rows, weight.shape[0]))
 
 
@@ -59,15 +57,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         n, wanted = hidden.shape[0], hidden.requires_grad
         top = hidden.new_full((n,), -torch.inf, dtype=torch.float32)  # running maximum
-        # the label's own term is kept out of the sums: p - 1 would lose all its digits where p is near 1
+        # the sums leave out the label's own term: p - 1 would lose all its digits where p is near 1
         others, own, slope = torch.zeros_like(top), torch.zeros_like(top), torch.ones_like(top)
         best = torch.full_like(labels, -1)
-        exact = hidden.dtype in (torch.float32, torch.float64)  # two logits are never equal
+        exact = hidden.dtype in (torch.float32, torch.float64)  # no two logits are equal
         pull = hidden.new_zeros(hidden.shape, dtype=torch.float32)
         bent = None
         for begin in range(0, weight.shape[0], rows):
             part = weight[begin : begin + rows]
-            logits = product(hidden, part, None if bias is None else bias[begin : begin + rows]).float()  # (n, C)
+            logits = linear(hidden, part, None if bias is None else bias[begin : begin + rows]).float()  # (n, C)
             if cap is not None:
                 bent = torch.tanh(logits / cap)
                 logits = bent * cap
@@ -79,7 +77,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 value = logits.amax(1)  # ten times as fast as with the index
             else:
                 value, index = logits.max(1)
-                best = torch.where(value > top, index + begin, best)  # the first of equal ones, as argmax takes it
+                best = torch.where(value > top, index + begin, best)  # the first of equal ones, as argmax does
             higher = torch.maximum(top, value)
             shrink = torch.exp(top - higher)
             mass = logits.sub_(higher.unsqueeze(1)).exp_()
@@ -89,7 +87,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if bent is not None:
                     mass = mass * (1.0 - bent * bent)
                     slope = torch.where(inside, 1.0 - bent.gather(1, at).squeeze(1).square(), slope)
-                pull = pull.mul_(shrink.unsqueeze(1)).add_(product(mass.to(part.dtype), part.t()))
+                pull = pull.mul_(shrink.unsqueeze(1)).add_(linear(mass.to(part.dtype), part.t()))
             top = higher
         total = others + torch.exp(own - top)
         if wanted:
@@ -106,21 +104,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (pull * grads[0].unsqueeze(1)).to(ctx.dtype), None, None, None, None, None
 
 
-class Head:
-    """What a model does behind its last block, at chosen positions.
+class OutputHead:
+    """What a model computes behind its last block, at chosen positions.
 
-    The modules that it runs there are found by watching one call: those that take each other's output, beginning with
-    the last block's and ending in a plain linear layer. Where applying them by hand gives the model's own logits, with
-    the soft cap of its config or without, that is done; else the model is called with stand-ins for its blocks.
+    One watched call of the model finds the modules that run there: a chain that starts at the last block's output and ends
+    in a plain linear layer. Where that chain, with the soft cap of the model's config or without, gives the model's own
+    logits, :meth:`losses` applies it; elsewhere it calls the model with its blocks skipped.
 
     Args:
-        model, blocks: the model and its blocks.
-        extras: what each block's output is, see :func:`~.standing.as_output`.
-        sample: ``(n, d)`` outputs of the last block to try it with.
+        model, blocks: the model and its decoder blocks.
+        extras: the form of a block's output, see :func:`~.block_stubs.as_output`.
+        sample: ``(n, d)`` outputs of the last block to try the chain with.
     """
 
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList, extras: Sequence[int | None], sample: Tensor):
-        self.model, self.blocks, self.extras = model, blocks, list(extras)
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList, extras: int | None, sample: Tensor):
+        self.model, self.blocks, self.extras = model, blocks, extras
         self.before: list[nn.Module] = []
         self.linear: nn.Linear | None = None
         self.cap: float | None = None
@@ -137,14 +135,9 @@ class Head:
         return chunked_cross_entropy(hidden.squeeze(1), self.linear.weight, self.linear.bias, labels, cap=self.cap)
 
     def call(self, hidden: Tensor) -> Tensor:
-        """The model's own logits ``(N, V)`` where its last block gives ``hidden (N, d)``."""
-        count, last = hidden.shape[0], len(self.blocks) - 1
-
-        def answer(number: int) -> Callable[[tuple, dict], Any]:
-            return lambda _args, _kwargs: as_output(hidden.unsqueeze(1), self.extras[number])
-
-        ids = torch.zeros(count, 1, dtype=torch.long, device=hidden.device)
-        with stubbed_blocks(self.blocks, {n: answer(n) for n in range(last + 1)}):
+        """The model's own logits ``(N, V)`` for outputs ``(N, d)`` of its last block."""
+        ids = torch.zeros(hidden.shape[0], 1, dtype=torch.long, device=hidden.device)
+        with skipped_blocks(self.blocks, len(self.blocks) - 1, hidden.unsqueeze(1), self.extras):
             out = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         return out.logits[:, 0]
 
@@ -169,7 +162,9 @@ class Head:
                 chain.append(module)
                 current = output
         if not chain or type(chain[-1]) is not nn.Linear or hasattr(chain[-1], "parametrizations"):
-            logger.info("the output matrix of %s is not a plain one; its own code is called", type(self.model).__name__)
+            logger.info(
+                "the output matrix of %s is not a plain linear layer; its own code runs", type(self.model).__name__
+            )
             return
         hidden = sample.unsqueeze(1)
         for module in chain:
@@ -181,7 +176,7 @@ class Head:
             if torch.allclose(found, expected, rtol=_CLOSE[sample.dtype], atol=_CLOSE[sample.dtype]):
                 self.before, self.linear, self.cap = chain[:-1], chain[-1], cap
                 return
-        logger.info("%s does more to its logits than a linear layer; its own code is called", type(self.model).__name__)
+        logger.info("%s does more to its logits than a linear layer; its own code runs", type(self.model).__name__)
 
 
 _CLOSE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}

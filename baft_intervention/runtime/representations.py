@@ -1,4 +1,4 @@
-"""Reading representations out of a model: block outputs at chosen tokens, and no more of the model than that takes."""
+"""Representations: outputs of blocks at chosen tokens, computed without the blocks and the tokens behind them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,28 @@ from torch import Tensor, nn
 
 from ..models.structure import compute_device, find_blocks
 from ..models.tokenization import pad_rows, pad_token_id
-from .call_state import hook_block
+from .block_stubs import StopForward, hooked_blocks
 
 
-class _Enough(Exception):
-    """Ends a forward pass when the highest wanted block has been read."""
+@torch.no_grad()
+def block_outputs(
+    model: nn.Module, blocks: nn.ModuleList, layers: Sequence[int], ids: Tensor, mask: Tensor
+) -> dict[int, Tensor]:
+    """``layer -> output (B, T, d)`` for one batch ``ids, mask (B, T)``; blocks above the highest layer do not run."""
+    seen: dict[int, Tensor] = {}
+    highest = max(layers)
+
+    def keep(layer: int) -> Callable[[Tensor], None]:
+        def change(hidden: Tensor) -> None:
+            seen[layer] = hidden
+            if layer == highest:
+                raise StopForward
+
+        return change
+
+    with hooked_blocks(blocks, {layer: keep(layer) for layer in layers}):
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+    return seen
 
 
 def read_blocks(
@@ -27,11 +44,13 @@ def read_blocks(
     batch_size: int = 32,
     done: Callable[[int], object] = lambda rows: None,
 ) -> dict[int, list[Tensor]]:
-    """Outputs of blocks at chosen columns of ragged id rows, unedited model, in batches of similar length.
+    """Outputs of blocks at chosen columns of ragged rows, read in batches of similar length.
+
+    The model is called as it is, in eval mode: hooks on it act.
 
     Args:
-        rows: token ids, one list a row; what stands behind a row's last chosen column is not even read.
-        columns: for each row the columns wanted, at least one.
+        rows: token ids, one list a row; columns behind a row's last chosen one are left out.
+        columns: for each row the chosen columns, at least one.
         layers: 0-based block numbers; blocks above the highest do not run.
         batch_size: rows a call of the model.
         done: called after each batch with its number of rows.
@@ -48,7 +67,7 @@ def read_blocks(
         for begin in range(0, len(order), batch_size):
             batch = order[begin : begin + batch_size]
             ids, mask = pad_rows([rows[i][: max(columns[i]) + 1] for i in batch], pad_token_id(tokenizer))
-            seen = _run(model, blocks, ids.to(device), mask.to(device), layers)
+            seen = block_outputs(model, blocks, layers, ids.to(device), mask.to(device))
             for k, i in enumerate(batch):
                 for layer in layers:
                     found[layer][i] = seen[layer][k, list(columns[i])].float().cpu()
@@ -57,29 +76,3 @@ def read_blocks(
         for module, mode in modes:
             module.training = mode
     return found
-
-
-@torch.no_grad()
-def _run(
-    model: nn.Module, blocks: nn.ModuleList, ids: Tensor, mask: Tensor, layers: Sequence[int]
-) -> dict[int, Tensor]:
-    seen: dict[int, Tensor] = {}
-    highest = max(layers)
-
-    def keep(layer: int) -> Callable[[Tensor], None]:
-        def change(hidden: Tensor) -> None:
-            seen[layer] = hidden
-            if layer == highest:
-                raise _Enough
-
-        return change
-
-    handles = [hook_block(blocks[layer], keep(layer)) for layer in layers]
-    try:
-        model(input_ids=ids, attention_mask=mask, use_cache=False)
-    except _Enough:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen

@@ -1,115 +1,182 @@
-"""A stack of edits on its way: one step for all of them, and the parting of those that are done."""
+"""The training loop: edits that take their steps together, and leave when they are done."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import BaftConfig
+from ..core.losses import output_loss
 from ..errors import EditError
+from ..models.tokenization import IGNORE_INDEX
+from ..runtime.adapter import Edit
 from ..runtime.distributed import DataParallel
-from ..runtime.partial_forward import Suffix
-from .engine import Job, TrainedEdit, TrainingContext, check_loss, map_tensors, summed, use_of, watching
-from .stacked import Places, StackedMaps
+from ..runtime.partial_forward import PartialForward, WholeModel
+from .maps import EditedPositions, EditMaps, map_tensors
+from .types import Job, TrainingRow
 
-Results = dict[int, TrainedEdit | EditError]
-"""What became of jobs, by their numbers."""
+Results = dict[int, Edit | EditError]
+"""The outcome of jobs, by their numbers."""
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, no parameter of ``model`` requires a gradient and the model is in eval mode; afterwards all flags are back."""
+    # by name: offloading makes new objects of the parameters at each call
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    modes = [(m, m.training) for m in model.modules()]  # one by one: a user may keep some in eval mode
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.eval()
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(flags[name])
+        for module, mode in modes:
+            module.training = mode
+
+
+class OneProcess(DataParallel):
+    """:class:`DataParallel` where one process has all rows: nothing is sent."""
+
+    def __init__(self) -> None:
+        super().__init__(share=1.0)
+
+    def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return list(tensors)
+
+    def use(self, weights: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
+        return weights, used
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        yield
+
+
+class OutputLoss:
+    """How far an edit moves the model's output on unrelated texts, see :func:`~..core.losses.output_loss`.
+
+    Args:
+        model, blocks: the unedited model and its decoder blocks.
+        texts: ids of unrelated texts.
+        pad_id: fills up short rows.
+    """
+
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList, texts: Sequence[Sequence[int]], pad_id: int):
+        rows = [TrainingRow(list(text), [IGNORE_INDEX] * len(text), [len(text) - 1]) for text in texts]
+        self._forward = WholeModel(model, blocks, rows, pad_id)
+        last = [self._forward.flat_index(i, len(text) - 1) for i, text in enumerate(texts)]
+        self._index = torch.tensor(last, device=self._forward.device)
+        self._positions = EditedPositions([last], self._forward.device)
+        with torch.no_grad():
+            self._before = self._forward.logits({}, self._index).float().log_softmax(-1)  # (N, V)
+
+    def __call__(self, maps: EditMaps) -> Tensor:
+        return output_loss(self._forward.logits(maps.changes(self._positions)[0], self._index), self._before)
 
 
 class Batch:
     """Edits that are trained together.
 
     Args:
-        jobs: number -> job; their maps are of one :func:`~.stacked.signature`.
-        suffix: all their rows, in order.
+        jobs: number -> job.
+        forward: of all their rows, in order.
+        maps: of the jobs, in order.
         config: settings.
-        layers: edited blocks.
-        around: bank, use of bases, earlier edits.
-        spent: seconds that all of them have taken already.
-        together: where there is one edit, whose other rows other ranks have.
+        penalty: a further term of the loss.
+        spent: seconds that the jobs have taken so far.
+        parallel: the ranks that train the one job of this batch, each on some of its rows.
 
     Attributes:
-        active: numbers of the jobs still in training.
-        losses: number -> mean loss (nats) over target tokens that the last step found.
+        active: numbers of the jobs in training.
+        losses: number -> mean loss (nats) over the target tokens at the last step.
     """
 
     def __init__(
         self,
         jobs: Mapping[int, Job],
-        suffix: Suffix,
+        forward: PartialForward,
+        maps: EditMaps,
         config: BaftConfig,
-        layers: Sequence[int],
-        context: TrainingContext,
         *,
+        penalty: Callable[[EditMaps], Tensor] | None = None,
         spent: float = 0.0,
-        data_parallel: DataParallel | None = None,
+        parallel: DataParallel | None = None,
     ):
-        self.jobs, self.suffix, self.config, self.data_parallel = jobs, suffix, config, data_parallel
-        bank = {n: context.bank[n] for n in layers if n in context.bank} if config.locality_coefficient else {}
-        maps = [job.maps for job in jobs.values()]
-        self.maps = StackedMaps(maps, config, suffix.device, used=context.used, bank=bank, earlier=context.earlier)
+        self.jobs, self.forward, self.maps, self.config, self.penalty = jobs, forward, maps, config, penalty
+        self.parallel = parallel or OneProcess()
         self.active = list(jobs)
         self.losses: dict[int, float] = {}
-        self._layout = _Layout(list(jobs.values()), suffix)
+        self._layout = _Layout(list(jobs.values()), forward)
         self._spent = spent / len(jobs)  # an edit
 
+    def run(self) -> Results:
+        """Train all jobs to their end."""
+        results: Results = {}
+        while self.active:
+            results.update(self.step())
+        return results
+
     def step(self) -> Results:
-        """Look at every edit's loss, let those go that are done, and take a step with the others.
+        """Compute every edit's loss, let those leave that are done, and take a step with the others.
 
         Returns:
-            The result of each edit that left: trained, or an error where its loss is not finite.
+            The outcome of each edit that left: trained, or an error where its loss is not finite.
         """
-        begin, config = time.perf_counter(), self.config
+        begin, config, layout, parallel = time.perf_counter(), self.config, self._layout, self.parallel
         last = self.maps.step == config.steps
-        data_parallel, part = self.data_parallel, 1.0 if self.data_parallel is None else self.data_parallel.share
-        with torch.set_grad_enabled(not last), watching(data_parallel):
-            losses, hits = self.suffix.losses(self.maps.changes(self._layout.places))
-            edit = self._layout.sum(losses * self._layout.share)  # (E,)
-            total = (part * edit + self.maps.penalties(data_parallel)).sum()
+        with torch.set_grad_enabled(not last), parallel.watched():
+            changes, weights = self.maps.changes(layout.positions)
+            tokens, hits = self.forward.losses(changes)  # (N,) (N,)
+            losses = layout.sum(tokens * layout.weights)  # (E,)
             missed = (~hits).float()
-            own = [
-                losses.detach() * self._layout.own,
-                missed * (self._layout.own > 0),
-                missed * (self._layout.share > 0),
-            ]
-            found = torch.stack([self._layout.sum(each) for each in own])
-        # the one time a step that the accelerator is waited for
-        values = (found if data_parallel is None else data_parallel.mean([found])[0]).tolist()
+            target_loss = layout.sum(tokens.detach() * layout.mean)
+            target_missed, all_missed = (layout.sum(missed * (each > 0)) for each in (layout.mean, layout.weights))
+        # the only point of a step that waits for the accelerator
+        values = parallel.mean([torch.stack([target_loss, target_missed, all_missed])])[0].tolist()
         self.losses = dict(zip(self.active, values[0], strict=True))
         leaving: dict[int, tuple[float, bool]] = {}
-        for k, (loss, missed, missed_or_open) in enumerate(zip(*values, strict=True)):
-            if last or not math.isfinite(loss) or (missed_or_open == 0 and loss < config.loss_target):
-                leaving[k] = (loss, missed == 0)
+        for k, (loss, target, everything) in enumerate(zip(*values, strict=True)):
+            if last or not math.isfinite(loss) or (everything == 0 and loss < config.loss_target):
+                leaving[k] = (loss, target == 0)
         self._spent += (time.perf_counter() - begin) / len(self.active)
-        results = self._part(leaving) if leaving else {}
+        results = self._finish(leaving, weights) if leaving else {}
         begin = time.perf_counter()
         if len(leaving) < len(self.active):
-            with watching(data_parallel):
-                gradients = self.maps.gradients(total)
-            self.maps.update(summed(gradients, data_parallel))
+            with torch.enable_grad(), parallel.watched():
+                total = parallel.share * losses + self.maps.penalties(weights, parallel, losses.device)
+                if self.penalty is not None:
+                    total = total + parallel.share * config.output_coefficient * self.penalty(self.maps).to(
+                        total.device
+                    )
+                gradients = self.maps.gradients(total.sum())
+            self.maps.update(_summed(gradients, parallel))
             self._spent += (time.perf_counter() - begin) / len(self.active)
         if leaving:
             self._keep([k for k in range(len(self.active)) if k not in leaving])
         return results
 
-    def _part(self, leaving: Mapping[int, tuple[float, bool]]) -> Results:
+    def _finish(self, leaving: Mapping[int, tuple[float, bool]], weights: Mapping[int, Tensor]) -> Results:
         results: Results = {}
-        used = {layer: use_of(weights, self.data_parallel).cpu() for layer, weights in self.maps.weights.items()}
+        used = {layer: self.parallel.total(each).cpu() for layer, each in weights.items()}  # (E, r)
         for k, (loss, reached) in leaving.items():
-            job = self.jobs[self.active[k]]
+            number, job = self.active[k], self.jobs[self.active[k]]
             try:
                 check_loss(loss, self.maps.step, job, self.config)
             except EditError as error:
-                results[self.active[k]] = error
+                results[number] = error
                 continue
-            self.maps.store(k)
-            tensors = {layer: map_tensors(module) for layer, module in job.maps.items()}
-            own = {layer: weights[k].clone() for layer, weights in used.items()}
-            results[self.active[k]] = TrainedEdit(tensors, own, loss, self.maps.step, self._spent, reached)
+            tensors = {layer: map_tensors(module) for layer, module in self.maps.store(k).items()}
+            own = {layer: each[k].clone() for layer, each in used.items()}
+            first = job.requests[0].id
+            results[number] = Edit(first, job.requests, tensors, own, loss, self.maps.step, self._spent, reached)
         return results
 
     def _keep(self, staying: Sequence[int]) -> None:
@@ -117,32 +184,50 @@ class Batch:
         self.active = [self.active[k] for k in staying]
         if staying:
             self.maps.keep(staying)
-            self.suffix = self.suffix.select(rows)
-            self._layout = _Layout([self.jobs[number] for number in self.active], self.suffix)
+            self.forward = self.forward.select(rows)
+            self._layout = _Layout([self.jobs[number] for number in self.active], self.forward)
 
 
 class _Layout:
-    """Who owns what in a stack: rows, positions and target tokens of each edit.
+    """Which rows, positions and target tokens of a forward belong to which edit.
 
     Attributes:
-        rows: for each edit its rows in the suffix.
-        places: where its positions lie.
-        share: ``(N,)`` weight of each token in its edit's loss.
-        own: ``(N,)`` its weight in the mean over the edit's targets alone.
+        rows: the rows of each edit.
+        positions: where each edit acts.
+        weights: ``(N,)``, the weight of each token in its edit's loss.
+        mean: ``(N,)``, its weight in the mean over the edit's targets alone.
     """
 
-    def __init__(self, jobs: Sequence[Job], suffix: Suffix):
-        counts = [len(job.rows) for job in jobs]
+    def __init__(self, jobs: Sequence[Job], forward: PartialForward):
+        counts, device = [len(job.rows) for job in jobs], forward.device
         ends = [sum(counts[: k + 1]) for k in range(len(counts))]
         self.rows = [list(range(end - count, end)) for count, end in zip(counts, ends, strict=True)]
-        positions = [[suffix.flat(row, c) for row in rows for c in suffix.rows[row].positions] for rows in self.rows]
-        self.places = Places(positions, suffix.device)
-        edit_of_row = torch.tensor([k for k, rows in enumerate(self.rows) for _ in rows], device=suffix.device)
-        self._edit = edit_of_row[suffix.owner]  # (N,)
-        self._count = len(counts)
-        rows = torch.tensor(counts, device=suffix.device)[self._edit]
-        self.share, self.own = suffix.share / rows, suffix.own / rows
+        positions = [[forward.flat_index(i, c) for i in rows for c in forward.rows[i].positions] for rows in self.rows]
+        self.positions = EditedPositions(positions, device)
+        edit_of_row = torch.tensor([k for k, rows in enumerate(self.rows) for _ in rows], device=device)
+        self._edit, self._count = edit_of_row[forward.owner], len(counts)  # (N,)
+        per_row: list[tuple[Any, Any]] = [row.token_weights() for job in jobs for row in job.rows]
+        rows_of_edit = torch.tensor(counts, device=device)[self._edit]
+        self.weights, self.mean = (
+            torch.tensor([w for each in which for w in each], device=device) / rows_of_edit
+            for which in zip(*per_row, strict=True)
+        )
 
     def sum(self, values: Tensor) -> Tensor:
-        """``(N,) -> (E,)``: over the target tokens of each edit."""
+        """``(N,) -> (E,)``, over the target tokens of each edit."""
         return torch.zeros(self._count, device=values.device).index_add(0, self._edit, values)
+
+
+def check_loss(loss: float, step: int, job: Job, config: BaftConfig) -> None:
+    """Raise :class:`EditError` where the loss is not finite."""
+    if not math.isfinite(loss):
+        raise EditError(
+            f"{job.requests[0].where}: the loss is {loss} at step {step}; nothing was changed. "
+            f"Lower learning_rate (now {config.learning_rate:g}), or load the model in float32 or bfloat16"
+        )
+
+
+def _summed(gradients: Sequence[Tensor | None], parallel: DataParallel) -> list[Tensor | None]:
+    """The gradient of an edit from those of its ranks; one that is None is None on every rank."""
+    found = iter(parallel.sum([g for g in gradients if g is not None]))
+    return [None if g is None else next(found) for g in gradients]

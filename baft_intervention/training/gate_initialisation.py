@@ -16,10 +16,10 @@ from ..gates import EditContext, SharedContext, WeightingNetwork
 from ..models.chat import around_question
 from ..models.structure import find_blocks, hidden_size
 from ..models.tokenization import encode_prompt
-from ..requests import EditRequest
 from ..runtime.representations import read_blocks
 from .bank import Bank
-from .engine import Job, edit_seed, encode_request, make_maps
+from .encoding import encode_request
+from .maps import edit_seed, make_maps
 from .relation_dictionary import (
     CENTRE_RELATIONS,
     COMPETING_FORMS,
@@ -31,6 +31,7 @@ from .relation_dictionary import (
     dictionary,
     in_its_template,
 )
+from .types import EncodedRequest, Job
 
 
 def shared_context(network: WeightingNetwork, bank: Bank, layer: int, read_layer: int | None) -> SharedContext | None:
@@ -49,7 +50,7 @@ def make_jobs(
     tokenizer: Any,
     config: BaftConfig,
     layers: Sequence[int],
-    groups: Sequence[Sequence[EditRequest]],
+    groups: Sequence[Sequence[EncodedRequest]],
     *,
     shared: Mapping[int, Mapping[str, Tensor]],
     bank: Bank,
@@ -58,18 +59,16 @@ def make_jobs(
 
     Args:
         model, tokenizer, config, layers: the base model and the edits' settings.
-        groups: of requests.
+        groups: of encoded requests; each becomes a job.
         shared: ``layer -> {name: tensor}``, what the edits of a layer have in common.
         bank: unrelated representations.
 
-    Raises:
-        RequestError, PositionError: a request that cannot be encoded.
     """
     jobs = []
     for group in groups:
-        rows = tuple(encode_request(tokenizer, request, config) for request in group)
-        maps = make_maps(config, hidden_size(model), layers, shared, edit_seed(config.seed, group))
-        jobs.append(Job(tuple(group), rows, maps))
+        requests, rows = (tuple(items) for items in zip(*((e.request, e.row) for e in group), strict=True))
+        maps = make_maps(config, hidden_size(model), layers, shared, edit_seed(config.seed, requests))
+        jobs.append(Job(requests, rows, maps))
     if not jobs:
         return jobs
     initialise_gates(model, tokenizer, layers, jobs, bank)

@@ -1,4 +1,4 @@
-"""How much memory is free, what a stack of edits takes of it, and how running out looks."""
+"""Memory: how much is free, how much training an edit takes, and which errors mean that it ran out."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from ..models.structure import hidden_size, text_config
-from .engine import Row
+from .types import TrainingRow
 
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that may still be taken on ``device``: what torch holds and does not use counts, a container's limit too."""
+    """The free memory of ``device``: within a container's limit, and including what torch holds but does not use."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -26,7 +26,7 @@ def free_bytes(device: torch.device) -> int:
         if limit != "max":
             free = min(free, int(limit) - int((_CGROUP / "memory.current").read_text()))
     except (OSError, ValueError):
-        pass  # no such group: the machine's own limit holds
+        pass  # no such group; only the machine limits
     return max(free, 0)
 
 
@@ -44,7 +44,7 @@ def _available() -> int:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that memory ran out, on a CPU or on an accelerator."""
+    """Whether ``error`` means that memory ran out, on a CPU or on an accelerator."""
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     text = str(error).lower()
@@ -52,11 +52,11 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in text for word in words)
 
 
-def edit_bytes(model: nn.Module, rows: Sequence[Row], above: int, numbers: int) -> int:
-    """A generous estimate of what training one edit takes at its peak.
+def edit_bytes(model: nn.Module, rows: Sequence[TrainingRow], above: int, numbers: int) -> int:
+    """A generous estimate of the peak memory of training one edit, in bytes.
 
     Args:
-        model: whose sizes count.
+        model: the base model.
         rows: the rows of the largest edit.
         above: blocks above the lowest edited one.
         numbers: trained numbers of an edit.

@@ -13,7 +13,7 @@ from baft_intervention.errors import BaftError, ConfigError, EditError, Position
 from baft_intervention.models.tokenization import encode_prompt
 from baft_intervention.requests import EditRequest
 from baft_intervention.runtime.call_state import hook_block
-from baft_intervention.training.engine import encode_request
+from baft_intervention.training.encoding import encode_request
 from edits import (
     BANK,
     FACTS,
@@ -75,7 +75,7 @@ def test_an_ending_is_trained_behind_the_target_and_is_not_of_it(tiny_llama, tok
     assert eos.ids == [*plain.ids, tokenizer.eos_token_id]
     for row, last in ((plain, 1.0), (ended, 0.3), (eos, 0.3)):
         n = len(plain.ids) - row.prompt_length
-        share, own = row.shares()
+        share, own = row.token_weights()
         assert own == [1 / n] * n + [0.0] * row.ending
         assert share == [1 / n] * n + [last] * row.ending
     # attention carries little in a random model: edit each token, the target's too

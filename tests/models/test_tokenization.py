@@ -102,6 +102,8 @@ def test_rows_are_padded_on_either_side() -> None:
     assert ids.tolist() == [[8, 5, 6, 7], [8, 8, 8, 8]]
     assert mask.tolist() == [[0, 1, 1, 1], [0, 0, 0, 1]]
     assert ids.dtype == mask.dtype == torch.long
+    assert pad_rows([], 0)[0].shape == (0, 0)
+    assert pad_rows([], 0, width=3)[1].shape == (0, 3)
 
 
 class Bare:

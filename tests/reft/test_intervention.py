@@ -13,7 +13,7 @@ from baft_intervention import BaftConfig, BasisWeightedMap, EditRequest, make_ed
 from baft_intervention.errors import ConfigError
 from baft_intervention.runtime.adapter import BaftAdapter, Edit
 from baft_intervention.runtime.edit_stack import is_shared
-from baft_intervention.training.engine import map_tensors
+from baft_intervention.training.maps import map_tensors
 from tiny import tiny_model, tiny_tokenizer
 
 pyreft = pytest.importorskip("pyreft")

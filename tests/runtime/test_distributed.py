@@ -25,7 +25,8 @@ from baft_intervention.models.fingerprint import model_fingerprint
 from baft_intervention.models.loading import load_model
 from baft_intervention.models.structure import compute_device, is_sharded, split_reason
 from baft_intervention.runtime import distributed
-from baft_intervention.training.engine import ReferenceEngine, make_engine
+from baft_intervention.training.engine import make_engine
+from baft_intervention.training.reference import ReferenceEngine
 from edits import FRANCE, LEO, PROMPTS, config, tiny_editor
 from tiny import tiny_model, tiny_tokenizer
 

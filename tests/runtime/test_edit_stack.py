@@ -11,7 +11,7 @@ from torch import Tensor
 from baft_intervention.core.basis_map import BasisWeightedMap
 from baft_intervention.gates import WeightingNetwork
 from baft_intervention.runtime.edit_stack import EditStack, GrowingStack, WeightingStack, is_shared
-from baft_intervention.training.engine import map_tensors
+from baft_intervention.training.maps import map_tensors
 
 D, R, E = 20, 3, 5
 NAMES = ("constant", "linear", "mlp", "cosine")

@@ -19,23 +19,18 @@ from baft_intervention.gates import WeightingNetwork, register_weighting
 from baft_intervention.gates.base import _REGISTRY
 from baft_intervention.models.structure import find_blocks
 from baft_intervention.requests import EditRequest
-from baft_intervention.runtime.partial_forward import Replay, Through
-from baft_intervention.training import engine as engine_module
+from baft_intervention.runtime.adapter import Edit
+from baft_intervention.runtime.partial_forward import WholeModel
+from baft_intervention.runtime.replayed_blocks import ReplayedBlocks
 from baft_intervention.training import fast as fast_module
-from baft_intervention.training.batch import Batch
-from baft_intervention.training.engine import (
-    Job,
-    ReferenceEngine,
-    TrainedEdit,
-    TrainingContext,
-    edit_seed,
-    encode_request,
-    frozen,
-    make_engine,
-    make_maps,
-)
+from baft_intervention.training.batch import Batch, frozen
+from baft_intervention.training.encoding import encode_request
+from baft_intervention.training.engine import make_engine
 from baft_intervention.training.fast import FastEngine
+from baft_intervention.training.maps import edit_seed, make_maps
+from baft_intervention.training.reference import ReferenceEngine
 from baft_intervention.training.stacked import StackedMaps
+from baft_intervention.training.types import Job, TrainingContext
 from edits import FACTS
 from tiny import ARCHS, tiny_model, tiny_tokenizer
 
@@ -104,7 +99,7 @@ def by_fast(model: Any, config: BaftConfig, groups: Sequence[Any], near: Trainin
     return list(engine.train_many(make_jobs(config, groups), near or TrainingContext())), engine
 
 
-def assert_same(found: Sequence[TrainedEdit], expected: Sequence[TrainedEdit], *, tolerance: float = 1e-3) -> None:
+def assert_same(found: Sequence[Edit], expected: Sequence[Edit], *, tolerance: float = 1e-3) -> None:
     """The losses within 1e-4 and every trained tensor within ``tolerance``, relative, and all the rest equal."""
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
@@ -143,14 +138,16 @@ def trace_reference(
         states[-1].append({names[id(p)]: p.detach().clone() for p in parameters})
         original(parameters, norm)
 
-    def check(loss: float, *_: Any) -> None:
-        losses[-1].append(loss)
+    def watched(self: Batch) -> Any:
+        results = step(self)
+        losses[-1].append(self.losses[0])
+        return results
 
-    original = nn.utils.clip_grad_norm_
+    original, step = nn.utils.clip_grad_norm_, Batch.step
     engine = ReferenceEngine(model, tiny_tokenizer(), config, config.layers or ())
     with monkeypatch.context() as patch:
         patch.setattr(nn.utils, "clip_grad_norm_", clip)
-        patch.setattr(engine_module, "check_loss", check)
+        patch.setattr(Batch, "step", watched)
         for job in jobs:
             losses.append([])
             gradients.append([])
@@ -185,24 +182,25 @@ def follow(
     engine = fast_engine(model, config, strict=True)
     seen: list[dict[tuple[int, str], Tensor]] = []
     with frozen(model):
-        suffix = engine.prepare([row for job in jobs for row in job.rows])
-        assert suffix is not None
-        batch = Batch(dict(enumerate(jobs)), suffix, config, config.layers or (), near)
-        compute = batch.maps.gradients
+        forward = engine.prepare([row for job in jobs for row in job.rows])
+        assert forward is not None
+        maps = StackedMaps([job.maps for job in jobs], config, near, forward.device)
+        batch = Batch(dict(enumerate(jobs)), forward, maps, config)
+        compute = maps.gradients
 
         def keep(total: Tensor) -> list[Tensor | None]:
             found = compute(total)
             named: dict[tuple[int, str], Tensor] = {}
-            for leaf, gradient in zip(batch.maps._leaves, found, strict=True):
+            for leaf, gradient in zip(maps._leaves, found, strict=True):
                 if gradient is not None:
                     named |= {(layer, leaf.name): gradient[:, i] for i, layer in enumerate(leaf.layers)}
             seen.append(named)
             return found
 
-        monkeypatch.setattr(batch.maps, "gradients", keep)
+        monkeypatch.setattr(maps, "gradients", keep)
         for step in range(config.steps):
             if rejoin:
-                for leaf, tensor in zip(batch.maps._leaves, batch.maps.tensors, strict=True):
+                for leaf, tensor in zip(maps._leaves, maps.tensors, strict=True):
                     each = [torch.stack([states[k][step][n, leaf.name] for n in leaf.layers]) for k in range(len(jobs))]
                     tensor.detach().copy_(torch.stack(each))
             batch.step()
@@ -306,7 +304,7 @@ def test_half_precision_ends_where_the_reference_does(arch: str) -> None:
     config = configure((2,), loss_target=0.05, steps=60)
     found, engine = by_fast(model, config, REQUESTS[:3], strict=True)
     expected = by_reference(model, config, REQUESTS[:3])
-    assert engine.way == "replay"
+    assert engine.path == "replayed_blocks"
     for one, other in zip(found, expected, strict=True):
         assert one.reached == other.reached
         assert one.loss == pytest.approx(other.loss, abs=0.1)
@@ -334,7 +332,7 @@ def test_joint_groups_of_several_sizes(positions: str) -> None:
     config = configure((1, 2), positions=positions, balance_coefficient=0.2)
     model = tiny_model()
     found, engine = by_fast(model, config, groups, strict=True)
-    assert engine.way == "replay"
+    assert engine.path == "replayed_blocks"
     assert_same(found, by_reference(model, config, groups))
 
 
@@ -344,14 +342,14 @@ def test_an_edit_leaves_when_its_loss_is_reached(positions: str, monkeypatch: py
     step = Batch.step
 
     def watched(self: Batch) -> Any:
-        sizes.append(len(self.suffix.rows))
+        sizes.append(len(self.forward.rows))
         return step(self)
 
-    monkeypatch.setattr(Batch, "step", watched)
     config = configure((2,), positions=positions, loss_target=1.5, steps=40, ending="")
     model = tiny_model()
-    found, _ = by_fast(model, config, ONE_TOKEN, strict=True)
     expected = by_reference(model, config, ONE_TOKEN)
+    monkeypatch.setattr(Batch, "step", watched)
+    found, _ = by_fast(model, config, ONE_TOKEN, strict=True)
     assert len({edit.steps for edit in expected}) > 2  # or the test would show nothing
     assert_same(found, expected)
     assert sizes == [sum(edit.steps >= n for edit in expected) for n in range(len(sizes))]
@@ -428,7 +426,7 @@ def test_a_stack_that_does_not_fit_is_halved(
         found, engine = by_fast(model, config, REQUESTS, strict=True)
     assert_same(found, expected)
     assert (max(tried), engine.most) == (6, 1)
-    assert "memory ran out with 6 edits in a stack; going on with 3" in caplog.text
+    assert "memory ran out with 6 edits in a stack; continuing with 3" in caplog.text
 
 
 def test_edits_that_left_before_memory_ran_out_are_not_trained_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -540,7 +538,7 @@ def test_the_model_is_left_as_it_was(arch: str) -> None:
     attributes = [set(m.__dict__) for m in modules]
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in modules]
     _, engine = by_fast(model, configure((1, 2), steps=3, loss_target=3.0), REQUESTS)
-    assert engine.way == "replay"
+    assert engine.path == "replayed_blocks"
     assert list(model.modules()) == modules
     assert [set(m.__dict__) for m in modules] == attributes
     assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in modules] == hooks
@@ -598,12 +596,12 @@ def test_a_users_hook_sees_whole_rows_and_acts(acting: bool, block: int, caplog:
     found, engine = by_fast(model, config, REQUESTS[:3])
     handle.remove()
     assert_same(found, expected)
-    assert engine.way == ("through" if block == 3 else "replay")
+    assert engine.path == ("whole_model" if block == 3 else "replayed_blocks")
     assert ("carries a hook that expects whole rows" in caplog.text) == (block == 3)
     assert {shape[1] for shape in shapes} <= lengths
 
 
-def test_through_the_model_skips_the_lower_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_of_the_whole_model_skips_the_lower_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     model, config = tiny_model(), configure((1,), steps=7)
     blocks = find_blocks(model)
     calls = dict.fromkeys(range(4), 0)
@@ -618,19 +616,19 @@ def test_through_the_model_skips_the_lower_blocks(monkeypatch: pytest.MonkeyPatc
     _, engine = by_fast(model, config, REQUESTS)
     for handle in handles:
         handle.remove()
-    assert engine.way == "through"
+    assert engine.path == "whole_model"
     assert calls[0] == calls[1] == 2  # one reading, one comparison
     assert calls[2] == calls[3] == 2 + 1 + 8  # the comparison's other side, seven steps and a last look
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("layers", [(2,), (0, 1, 3)])
-def test_through_the_model_is_the_reference_too(arch: str, layers: tuple[int, ...]) -> None:
+def test_calls_of_the_whole_model_is_the_reference_too(arch: str, layers: tuple[int, ...]) -> None:
     model, config = tiny_model(arch), configure(layers, loss_target=1.0)
     engine = fast_engine(model, config)
-    engine._from = 1
+    engine._first_path = 1
     found = list(engine.train_many(make_jobs(config, REQUESTS), TrainingContext()))
-    assert engine.way == "through"
+    assert engine.path == "whole_model"
     assert_same(found, by_reference(model, config, REQUESTS))
 
 
@@ -639,16 +637,16 @@ def test_another_adapters_edits_stay_in_force(caplog: pytest.LogCaptureFixture) 
     other = BaftEditor(model, tokenizer, BaftConfig(rank=RANK, layers=(3,), weighting="constant", steps=5))
     config = configure((2,))
     _, engine = by_fast(model, config, REQUESTS[:2])
-    assert engine.way == "replay"  # attached, but without an edit it does nothing
+    assert engine.path == "replayed_blocks"  # attached, but without an edit it does nothing
     other.edit(REQUESTS[5])
     expected = by_reference(model, config, REQUESTS[:2])
     found, engine = by_fast(model, config, REQUESTS[:2])
-    assert engine.way == "through"
+    assert engine.path == "whole_model"
     assert "disable the other adapter" in caplog.text
     assert_same(found, expected)
     with other.adapter.enabled(False):
         found, engine = by_fast(model, config, REQUESTS[:2])
-        assert engine.way == "replay"
+        assert engine.path == "replayed_blocks"
         assert_same(found, by_reference(model, config, REQUESTS[:2]))
 
 
@@ -674,19 +672,19 @@ def test_a_model_that_is_not_causal_is_run_as_a_whole(caplog: pytest.LogCaptureF
         model.model.layers[n] = _Mixed(block)
     config = configure((1,))
     found, engine = by_fast(model, config, REQUESTS[:1])
-    assert engine.way == "through"
+    assert engine.path == "whole_model"
     assert "its blocks are not run alone" in caplog.text
     assert_same(found, by_reference(model, config, REQUESTS[:1]))
-    with pytest.raises(fast_module.Unsafe, match="are off by"):
+    with pytest.raises(fast_module.CannotSkip, match="are off by"):
         by_fast(model, config, REQUESTS[:1], strict=True)
 
 
 def test_a_disturbance_finds_what_the_unedited_columns_hide(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cached prefix that is right only while nothing is edited must not be trusted."""
     model, config = tiny_model(), configure((1,))
-    record = Replay._record
+    record = ReplayedBlocks._record
 
-    def unmoved(self: Replay) -> None:  # block 2 computes with the unedited hidden states for good
+    def unmoved(self: ReplayedBlocks) -> None:  # block 2 computes with the unedited hidden states for good
         record(self)
         call, still = self.calls[2], self.hidden
 
@@ -694,13 +692,13 @@ def test_a_disturbance_finds_what_the_unedited_columns_hide(monkeypatch: pytest.
             def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
                 return super().run(block, still)
 
-        self.calls[2] = Deaf(call.args, call.kwargs, call.place)
+        self.calls[2] = Deaf(call.args, call.kwargs, call.slot)
 
-    monkeypatch.setattr(Replay, "_record", unmoved)
-    with pytest.raises(fast_module.Unsafe, match="with a changed hidden state its loss is off"):
+    monkeypatch.setattr(ReplayedBlocks, "_record", unmoved)
+    with pytest.raises(fast_module.CannotSkip, match="with a changed hidden state its loss is off"):
         by_fast(model, config, REQUESTS[:2], strict=True)
     found, engine = by_fast(model, config, REQUESTS[:2])
-    assert engine.way == "through"
+    assert engine.path == "whole_model"
     assert_same(found, by_reference(model, config, REQUESTS[:2]))
 
 
@@ -712,10 +710,10 @@ def test_where_nothing_is_safe_the_reference_trains(
     def broken(self: Any, *_: Any) -> Any:
         raise TypeError("unexpected keyword argument")
 
-    monkeypatch.setattr(Replay, "__init__", broken)
-    monkeypatch.setattr(Through, "losses", broken)
+    monkeypatch.setattr(ReplayedBlocks, "__init__", broken)
+    monkeypatch.setattr(WholeModel, "start", broken)
     found, engine = by_fast(model, config, REQUESTS[:3])
-    assert engine.way == "reference"
+    assert engine.path == "reference"
     assert "its lower blocks are not skipped (TypeError: unexpected keyword argument)" in caplog.text
     assert_same(found, by_reference(model, config, REQUESTS[:3]))
 
@@ -733,7 +731,7 @@ def test_logits_that_are_more_than_a_product() -> None:
     model.load_state_dict(base.state_dict())
     config = configure((2,))
     found, engine = by_fast(model, config, REQUESTS, strict=True)
-    assert engine.way == "replay"
+    assert engine.path == "replayed_blocks"
     assert engine._head is not None
     assert engine._head.linear is None
     assert_same(found, by_reference(model, config, REQUESTS))
@@ -785,14 +783,14 @@ def test_a_users_network_is_stacked(networks: None) -> None:
     near = context((1, 2), bank=5)
     model = tiny_model()
     found, engine = by_fast(model, config, REQUESTS, near, strict=True)
-    assert engine.way == "replay"
+    assert engine.path == "replayed_blocks"
     assert_same(found, by_reference(model, config, REQUESTS, near))
 
 
 def test_a_network_that_cannot_be_stacked_is_trained_alone(networks: None, caplog: pytest.LogCaptureFixture) -> None:
     config, model = configure((2,), weighting="test-branching", steps=5), tiny_model()
     found, engine = by_fast(model, config, REQUESTS)
-    assert engine.way == "reference"
+    assert engine.path == "reference"
     assert "cannot be stacked" in caplog.text
     assert_same(found, by_reference(model, config, REQUESTS))
 
@@ -814,7 +812,7 @@ def test_jobs_of_different_make_are_stacked_apart() -> None:
 def test_a_step_is_torchs_adamw_with_clipping(decay: float, schedule: str) -> None:
     config = configure((0, 2), weight_decay=decay, max_grad_norm=0.5, schedule=schedule)
     jobs = make_jobs(config, REQUESTS[:3])
-    stack = StackedMaps([j.maps for j in jobs], config, torch.device("cpu"), used={}, bank={}, earlier={})
+    stack = StackedMaps([j.maps for j in jobs], config, TrainingContext(), torch.device("cpu"))
     others = [[t[k].detach().clone().requires_grad_() for t in stack.tensors] for k in range(3)]
     optimisers = [torch.optim.AdamW(o, lr=config.learning_rate, weight_decay=decay) for o in others]
     generator = torch.Generator().manual_seed(0)

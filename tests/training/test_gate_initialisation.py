@@ -10,6 +10,7 @@ import torch
 from baft_intervention.config import MOST_AUGMENTATIONS, BaftConfig
 from baft_intervention.errors import ConfigError
 from baft_intervention.training.bank import Bank
+from baft_intervention.training.encoding import encode_requests
 from baft_intervention.training.gate_initialisation import make_jobs
 from baft_intervention.training.relation_dictionary import OPENINGS
 from edits import FACTS, FRANCE, LEO, next_word, tiny_editor
@@ -18,7 +19,8 @@ PLAIN = BaftConfig(rank=2, layers=(1,), weighting="constant")
 
 
 def jobs(model, tokenizer, config, groups):
-    return make_jobs(model, tokenizer, config, config.layers, groups, shared={1: {}}, bank=Bank())
+    encoded = [encode_requests(tokenizer, group, config) for group in groups]
+    return make_jobs(model, tokenizer, config, config.layers, encoded, shared={1: {}}, bank=Bank())
 
 
 def test_augmented_rows_ask_the_same_behind_another_sentence(tiny_llama, tokenizer):
