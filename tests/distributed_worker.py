@@ -28,7 +28,7 @@ from baft_intervention.evaluation.scoring import Scorer
 from baft_intervention.models.fingerprint import model_fingerprint
 from baft_intervention.models.structure import find_blocks
 from baft_intervention.runtime import distributed
-from baft_intervention.training.reference import ReferenceEngine
+from baft_intervention.runtime.partial_forward import WholeModel
 from edits import FACTS, FRANCE, LEO, PROMPTS, TOWER, logits, tiny_editor
 from evaluation.helpers import make_requests
 from tiny import tiny_model, tiny_tokenizer
@@ -91,20 +91,20 @@ def failing(_folder: Path) -> dict[str, Any]:
     for name, changes in (("share", {}), ("together", JOINT)):
         editor = _editor(engine="reference", **changes)
         before = _of(editor)
-        train = ReferenceEngine._hooked
+        losses = WholeModel.losses
 
-        def broken(*args: Any, train: Any = train) -> Any:
+        def broken(*args: Any, losses: Any = losses) -> Any:
             if last:
                 raise EditError("this rank is out of order")
-            return train(*args)
+            return losses(*args)
 
-        ReferenceEngine._hooked = broken
+        WholeModel.losses = broken
         try:
             editor.edit([FRANCE, LEO])
         except EditError as error:
             found[name] = str(error)
         finally:
-            ReferenceEngine._hooked = train
+            WholeModel.losses = losses
         found[f"{name} left"] = _same(before, _of(editor))
         editor.edit([FRANCE, LEO])
         found[f"{name} then"] = editor.edits[0].reached
