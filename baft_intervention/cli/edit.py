@@ -92,10 +92,12 @@ def _run(args: argparse.Namespace, out: Output) -> int:
     in_place = args.adapter is not None and place.resolve() == Path(args.adapter).expanduser().resolve()
     keep = from_main(lambda: not in_place and not (place / DESCRIPTION).exists())
     with open_editor(args, config, keep=in_place) as editor:
-        return _edit(args, out, editor, data, place, keep=keep)
+        return _edit(args, out, editor, data, place, keep=keep, in_place=in_place)
 
 
-def _edit(args: argparse.Namespace, out: Output, editor: BaftEditor, data: Any, place: Path, *, keep: bool) -> int:
+def _edit(
+    args: argparse.Namespace, out: Output, editor: BaftEditor, data: Any, place: Path, *, keep: bool, in_place: bool
+) -> int:
     """Edit, each edit on the disk as soon as it is finished; what ``--overwrite`` replaces stays until all are."""
     from ..models.chat import render_request
 
@@ -122,7 +124,8 @@ def _edit(args: argparse.Namespace, out: Output, editor: BaftEditor, data: Any, 
         if not new:
             editor.close(discard=True)
             raise KeyboardInterrupt("interrupted before an edit was finished; nothing was written") from None
-        editor.save_pretrained(place)
+        if not in_place:
+            editor.save_pretrained(place)
         raise KeyboardInterrupt(
             f"interrupted: {len(new)} of {len(requests)} edits are finished and saved in {place}"
         ) from None
@@ -130,7 +133,8 @@ def _edit(args: argparse.Namespace, out: Output, editor: BaftEditor, data: Any, 
         editor.close(discard=True)
         raise
     after = _ask(editor, shown)
-    editor.save_pretrained(place)
+    if not in_place:  # there each edit is in the log already
+        editor.save_pretrained(place)
     _show(out, report, requests, before, after, place, len(editor.edits))
     out.result(
         {

@@ -49,7 +49,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
         )
     with open_editor(args, keep=args.out is None) as editor:
         report = editor.merge(args.other, on_conflict=args.on_conflict)
-        editor.save_pretrained(place)
+        if args.out is not None:  # in place the change is in the log already
+            editor.save_pretrained(place)
     kept = "theirs" if report.kept == "theirs" else "ours"
     rows = [(conflict.prompt, conflict.ours, conflict.theirs, kept) for conflict in report.conflicts]
     if rows:

@@ -42,7 +42,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
             undone = editor.undo_all([edit.id for edit in editor.edits] if args.all else list(dict.fromkeys(args.ids)))
         except EditError as error:
             raise RequestError(f"{args.adapter}: {error}") from None
-        editor.save_pretrained(place)
+        if args.out is not None:  # in place the change is in the log already
+            editor.save_pretrained(place)
     rows = [(edit.id, request.question, request.target_new) for edit in undone for request in edit.requests]
     if rows:
         out.table(("undone", "prompt", "target was"), rows)

@@ -298,7 +298,7 @@ def test_finished_edits_are_on_the_disk_whatever_comes_after(baft, edit, home, p
     monkeypatch.undo()
     monkeypatch.chdir(place)
     assert baft("undo", "--adapter", "a", "leo").code == 0
-    assert sorted(p.name for p in (place / "a").iterdir()) == ["adapter.json", "adapter.safetensors"]
+    assert [e["id"] for e in baft("list", "--adapter", "a", "--json").json["edits"]] == ["france"]
 
 
 def test_a_folder_that_is_being_written_to_is_bad_input_that_names_the_writer(baft, adapter, home):
@@ -607,3 +607,28 @@ def test_as_a_program(home, adapter):
     ) as process:
         process.stdout.close()
         assert b"Traceback" not in process.stderr.read()
+
+
+def test_changes_in_place_are_appended_and_leave_the_snapshot_alone(baft, adapter, osaka, place):
+    log, files = adapter / "adapter.log", [adapter / name for name in ("adapter.safetensors", "adapter.json")]
+
+    def snapshot() -> list[tuple[int, int]]:
+        return [(stat.st_ino, stat.st_mtime_ns) for stat in (file.stat() for file in files)]
+
+    (place / "rome.csv").write_text("prompt,target_new,id\nThe capital of Italy is,city,italy\n")
+    before, sizes = snapshot(), [0]
+    for command in (
+        ("edit", "--edits", "rome.csv"),
+        ("merge", osaka, "--on-conflict", "theirs"),
+        ("undo", "italy"),
+    ):
+        assert baft(command[0], "--adapter", adapter, *command[1:]).code == 0
+        assert snapshot() == before, command
+        assert log.stat().st_size > sizes[-1], command
+        sizes.append(log.stat().st_size)
+    assert [e["id"] for e in baft("list", "--adapter", adapter, "--json").json["edits"]] == ["leo", "other", "france"]
+
+
+def test_settings_changed_in_place_are_kept(baft, adapter, home):
+    assert baft("edit", "--adapter", adapter, "--edits", home / "one.jsonl", "--steps", 61).code == 0
+    assert baft("list", "--adapter", adapter, "--json").json["settings"]["steps"] == 61
