@@ -59,7 +59,7 @@ _PUBLIC = {
     "DataError": "errors",
     "Edit": "runtime.adapter",
     "EditError": "errors",
-    "EditReport": "editor.editor",
+    "EditReport": "editor.report",
     "EditRequest": "requests",
     "Message": "requests",
     "MergeReport": "storage.merge",
@@ -87,7 +87,8 @@ if TYPE_CHECKING:
     from .core.basis_map import BasisWeightedMap
     from .core.positions import register_positions
     from .data import load_facts, load_requests, register_format
-    from .editor.editor import BaftEditor, EditReport
+    from .editor.editor import BaftEditor
+    from .editor.report import EditReport
     from .errors import (
         AdapterError,
         BaftError,

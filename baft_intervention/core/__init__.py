@@ -1,0 +1,1 @@
+"""The method as plain tensor functions: the map, its orthonormal basis, losses and position rules."""

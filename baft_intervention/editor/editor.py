@@ -2,43 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..config import BaftConfig
-from ..environment import library_versions
-from ..errors import AdapterError, ConfigError, EditError, RequestError, StoreError
-from ..gates import weighting_class
-from ..models.fingerprint import config_hash, model_fingerprint
-from ..models.loading import give_pad_token, load_model
+from ..errors import EditError, RequestError
 from ..models.structure import context_length, is_sharded
 from ..requests import EditRequest
-from ..runtime.adapter import BaftAdapter, Edit, edits_state
+from ..runtime.adapter import Edit, edits_state
 from ..runtime.distributed import from_main, gather, is_main, shard, unshard, world_size
 from ..runtime.edit_stack import is_shared
 from ..runtime.generation import generate_texts
 from ..storage.compatibility import check_base, check_settings
-from ..storage.exchange import DESCRIPTION, read_directory
-from ..storage.hub import CARD, fetched_adapter, is_repo_id, model_card, push_folder
+from ..storage.exchange import read_directory
 from ..storage.merge import MergeReport, OnConflict, check_same_coordinates, plan_merge
-from ..storage.working_store import MainStore, Store, open_store, write_directory
 from ..training.bank import Bank, encode_texts, get_bank
 from ..training.encoding import encode_requests
 from ..training.engine import make_engine
 from ..training.gate_initialisation import make_jobs, shared_context
 from ..training.types import EncodedRequest, Job, TrainingContext
+from .persistence import PersistentEdits
+from .report import EditReport, Superseded
 
 logger = logging.getLogger(__name__)
 _CHUNK = 64  # edits that are prepared and handed to the engine together
@@ -48,26 +39,7 @@ _LONG = 12  # tokens of a target that are many for a late block
 _LOWER = 2 / 3  # depth of a block that reaches them: WikiBio's 76 % of tokens at nine tenths are 86 % there
 
 
-@dataclass(frozen=True)
-class EditReport:
-    """What a call of :meth:`BaftEditor.edit` did.
-
-    Args:
-        edits: the committed edits, one a request (one in all for ``allocation="joint"``).
-        replaced: ids of earlier edits of the same prompts, which these supersede.
-        seconds: wall time of the call, bank included.
-    """
-
-    edits: tuple[Edit, ...]
-    replaced: tuple[str, ...]
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        edits = [{**e.summary(), "seconds": round(e.seconds, 4)} for e in self.edits]
-        return {"edits": edits, "replaced": list(self.replaced), "seconds": round(self.seconds, 4)}
-
-
-class BaftEditor:
+class BaftEditor(PersistentEdits):
     """Edits facts of a causal language model, and takes them back.
 
     The base model's weights are never written: an edit is a small map on one block's output, put there by a hook.
@@ -101,300 +73,10 @@ class BaftEditor:
         model_name: str | None = None,
         bank_texts: Sequence[str] | None = None,
     ):
-        self.model: Any = model  # nn.Module, with the generate() of transformers
-        self.tokenizer = tokenizer
-        self.config = config or BaftConfig()
-        self.model_name = model_name or getattr(model.config, "_name_or_path", "") or type(model).__name__
-        self.bank_texts = None if bank_texts is None else tuple(bank_texts)
+        super().__init__(model, tokenizer, config, model_name=model_name, bank_texts=bank_texts)
         self._cached_bank: Bank | None = None
-        self._store: Store | MainStore | None = None
-        give_pad_token(tokenizer, self.model_name)
-        self.adapter = BaftAdapter(model, tokenizer, self.config)
-        self.adapter.attach()
-
-    # ------------------------------------------------------------------------------------------ coming and going
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name: str | os.PathLike[str],
-        config: BaftConfig | None = None,
-        *,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
-        revision: str | None = None,
-        bank_texts: Sequence[str] | None = None,
-    ) -> BaftEditor:
-        """An editor of a model by name (built-in, folder or hub id), or of an adapter with its base model.
-
-        Args:
-            name: of a model; or a folder written by :meth:`save_pretrained`, or a hub id that :meth:`push_to_hub` wrote to.
-            config: settings for new edits; an adapter has its own.
-            device, dtype: see :func:`~baft_intervention.models.loading.load_model`; an adapter's dtype is its base model's.
-            revision: branch, tag or commit of a hub id.
-            bank_texts: see the class.
-
-        Raises:
-            ModelError: the model cannot be loaded.
-            AdapterError: the adapter is damaged or does not fit its base model.
-        """
-        name = os.fspath(name)
-        given: dict[str, Any] = {"device": device, "dtype": dtype, "bank_texts": bank_texts}
-        if (Path(name).expanduser() / DESCRIPTION).is_file():
-            return cls._from_adapter(name, name, config, **given)
-        if is_repo_id(name):
-            with fetched_adapter(name, revision=revision) as folder:
-                if folder is not None:
-                    return cls._from_adapter(folder, name, config, **given)
-        model, tokenizer = load_model(name, device=device, dtype=dtype, revision=revision)
-        return cls(model, tokenizer, config, model_name=name, bank_texts=bank_texts)
-
-    @classmethod
-    def open(
-        cls,
-        folder: str | os.PathLike[str],
-        model: str | os.PathLike[str] | None = None,
-        config: BaftConfig | None = None,
-        *,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
-        bank_texts: Sequence[str] | None = None,
-    ) -> BaftEditor:
-        """An editor whose edits live in a folder: each is on the disk before the call that made it returns.
-
-        A folder that holds an adapter is gone on with; the last edit that was committed is there, however the process that
-        made it ended. Nobody else can write to the folder until :meth:`close` (or the end of a ``with`` block).
-
-        Args:
-            folder: of an adapter, an empty one, or none, which is made.
-            model: name of the base model; needed for a new adapter, and for one whose base model was moved.
-            config: settings; those of an adapter that is there already may differ only in what training reads.
-            device, dtype, bank_texts: as :meth:`from_pretrained`.
-
-        Example::
-
-            with BaftEditor.open("edits", "smollm2-135m") as editor:
-                editor.edit(requests)  # killed in the middle, it loses at most what it was training
-
-        Raises:
-            StoreError: another process has it open, it cannot be written to, or its log is damaged.
-            AdapterError: it holds something else, or an adapter that does not fit.
-        """
-        store, given = open_store(folder), {"device": device, "dtype": dtype, "bank_texts": bank_texts}
-        name = os.fspath(folder)
-        try:
-            if not store.fresh:
-                editor = cls._from_adapter(
-                    store.path, name, None, model=None if model is None else os.fspath(model), store=store, **given
-                )
-                if config is not None:
-                    check_settings(editor.config, config, name)
-                    editor.config = config
-            elif model is None:
-                raise ConfigError(f"{name} holds no adapter yet; say which model is to be edited, e.g. 'smollm2-135m'")
-            else:
-                editor = cls.from_pretrained(model, config, **given)
-            editor._keep(store)
-        except BaseException:
-            store.close(discard=True)
-            raise
-        return editor
-
-    @classmethod
-    def _from_adapter(
-        cls,
-        folder: str | Path,
-        name: str,
-        config: BaftConfig | None,
-        *,
-        device: Any,
-        dtype: Any,
-        bank_texts: Any,
-        model: str | None = None,
-        store: Any = None,
-    ) -> BaftEditor:
-        if config is not None:
-            raise ConfigError(f"{name!r} is an adapter and has its own settings; leave config out")
-        # several processes that open a folder together read what rank 0 reads: it may be on rank 0's disk alone
-        state, description = store.read() if isinstance(store, MainStore) else read_directory(folder)
-        base = description["base_model"]
-        given = {"device": device, "dtype": dtype or base.get("dtype")}
-        base_name = model or base["name"]
-        loaded, tokenizer = load_model(base_name, revision=None if model else base.get("revision"), **given)
-        config = BaftConfig.from_dict(description["config"], where=f"{name}: ")
-        editor = cls(loaded, tokenizer, config, model_name=base_name, bank_texts=bank_texts)
-        try:
-            editor._take(state, description, f"{name}: ")
-        except BaseException:
-            editor.detach()
-            raise
-        return editor
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | None = None,
-        revision: str | None = None,
-        license: str | None = None,
-        metrics: Mapping[str, float] | None = None,
-        message: str = "Upload adapter",
-    ) -> str:
-        """Push the edits with a generated model card to the hub; :meth:`from_pretrained` with ``repo_id`` loads them.
-
-        The requests themselves (prompts, new answers, subjects) are part of an adapter and are readable there. Of several
-        processes rank 0 pushes; the others do nothing and get an empty address.
-
-        Args:
-            repo_id: ``user/name``; the repository is made where there is none.
-            private: whether a new repository is; the account's default where left out.
-            token: of the account; what ``huggingface_hub`` has stored where left out.
-            revision: branch to push to.
-            license: the hub's identifier, e.g. ``apache-2.0``, for the card.
-            metrics: numbers of your own for the card.
-            message: of the commit.
-
-        Returns:
-            The commit's address.
-
-        Raises:
-            AdapterError: the hub cannot be reached or refuses.
-        """
-        if world_size() > 1 and is_sharded(self.model):
-            raise AdapterError(
-                "the model's parameters are sharded over processes; call save_pretrained on all of them, and push that folder"
-            )
-        if not is_main():
-            return ""
-        with tempfile.TemporaryDirectory(prefix="baft-") as folder:
-            place = self.save_pretrained(Path(folder) / "adapter")
-            _, description = read_directory(place)
-            requests = [request for edit in self.edits for request in edit.requests]
-            card = model_card(description, requests, repo_id, license=license, metrics=metrics)
-            (place / CARD).write_text(card, encoding="utf-8")
-            return push_folder(place, repo_id, private=private, token=token, revision=revision, message=message)
-
-    def load_adapter(self, path: str | os.PathLike[str]) -> None:
-        """Replace this editor's edits by those of an adapter folder of the same base model; all or nothing.
-
-        Raises:
-            AdapterError: damaged, of another model or schema, or of other settings than this editor's.
-        """
-        state, description = from_main(lambda: read_directory(path))
-        before = self.adapter.shared, self.edits
-        check_settings(BaftConfig.from_dict(description["config"], where=f"{path}: "), self.config, os.fspath(path))
-        self._take(state, description, f"{os.fspath(path)}: ")
-        try:
-            self.compact()
-        except BaseException:
-            self.adapter.shared = before[0]
-            self.adapter.set_edits(before[1])
-            raise
-
-    def _take(self, state: Mapping[str, Any], description: Mapping[str, Any], where: str) -> None:
-        check_base(description, self.adapter, where)
-        self.adapter.load_state(state, description["edits"], where)
-
-    def save_pretrained(self, path: str | os.PathLike[str]) -> Path:
-        """Write the edits to a folder (``adapter.safetensors`` and ``adapter.json``), atomically.
-
-        Of several processes rank 0 writes, and the others do nothing: whoever reads what it wrote waits for it first.
-
-        Raises:
-            AdapterError: the folder holds something else, or cannot be written.
-        """
-        if self._store is not None and Path(path).expanduser().resolve() == self._store.path.resolve():
-            self.compact()
-            return self._store.path
-        description = self._description()  # of all ranks: where parameters are sharded they are put together for it
-        if not is_main():
-            return Path(path)
-        return write_directory(path, self.adapter.state(), description)
-
-    def _description(self) -> dict[str, Any]:
-        dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
-        base = {
-            "name": self.model_name, "revision": getattr(self.model.config, "_commit_hash", None), "dtype": dtype,
-            "fingerprint": model_fingerprint(self.model), "config_hash": config_hash(self.model),
-        }  # fmt: skip
-        return {
-            "base_model": base, "config": self.config.to_dict(), "layers": list(self.adapter.layers),
-            "weighting_layout": weighting_class(self.config.weighting).layout,
-            "edits": [edit.summary() for edit in self.adapter.edits], "versions": library_versions(),
-        }  # fmt: skip
-
-    def keep_in(self, folder: str | os.PathLike[str]) -> None:
-        """From now on every change is in ``folder`` before the call that makes it returns; see :meth:`open`.
-
-        An editor without edits takes those that the folder holds; one with edits needs a folder without.
-
-        Raises:
-            StoreError: both have edits, another process has the folder open, it cannot be written to, its log is damaged.
-            AdapterError: it holds something else, or an adapter that does not fit.
-        """
-        if self._store is not None:
-            raise StoreError(f"the edits are kept in {self._store.path} already; close() the editor first")
-        store = open_store(folder)
-        try:
-            if not store.fresh:
-                if len(self.adapter):
-                    raise StoreError(
-                        f"{store.path} holds an adapter, and this editor has {len(self.adapter)} edits of its own; "
-                        "give another folder, or merge() the one into the other"
-                    )
-                self.load_adapter(folder)
-            self._keep(store)
-        except BaseException:
-            store.close(discard=True)
-            raise
-
-    def _keep(self, store: Store | MainStore) -> None:
-        if self.prepare() or store.fresh:
-            store.seal(self.adapter.state(), self._description())
-        self._store = store
-
-    def compact(self) -> None:
-        """Make one snapshot of the folder's snapshot and log; does nothing for an editor that is not kept in a folder.
-
-        It is done by itself where more than half of the log is about edits that are gone.
-        """
-        if self._store is not None:
-            self._store.seal(self.adapter.state(), self._description())
-
-    def close(self, *, discard: bool = False) -> None:
-        """Let others write to the folder; the edits stay on the model, and from now on in memory only.
-
-        Args:
-            discard: leave a folder that held no adapter before as it was then.
-        """
-        if self._store is not None:
-            self._store.close(discard=discard)
-            self._store = None
-
-    def __enter__(self) -> BaftEditor:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def attach(self) -> None:
-        """Put the edits back on the model after :meth:`detach`."""
-        self.adapter.attach()
-
-    def detach(self) -> None:
-        """Take this editor's hooks off the model, which then is what it was before."""
-        self.adapter.detach()
-
-    def enabled(self, value: bool = True) -> contextlib.AbstractContextManager[None]:
-        """``with editor.enabled(False):`` the unedited model answers."""
-        return self.adapter.enabled(value)
 
     # ------------------------------------------------------------------------------------------ editing
-
-    @property
-    def edits(self) -> tuple[Edit, ...]:
-        return self.adapter.edits
 
     def edit(self, requests: EditRequest | Sequence[EditRequest], *, progress: bool = False) -> EditReport:
         """Train and commit one or several edits: all of them, or on an error none.
@@ -421,7 +103,7 @@ class BaftEditor:
         self.prepare()
         replaced = self._superseded(items)
         groups = [tuple(encoded)] if self.config.allocation == "joint" else [(each,) for each in encoded]
-        before, waiting = self.edits, _Waiting(replaced)
+        before, waiting = self.edits, Superseded(replaced)
         done: list[Edit] = []
         marks = [self._store and self._store.mark()]  # of the log, after each edit that is done
         engine = make_engine(self.model, self.tokenizer, self.config, self.adapter.layers)
@@ -675,24 +357,3 @@ class BaftEditor:
             RequestError: a prompt that the tokenizer makes no token of, or that is too long for the model.
         """
         return generate_texts(self.adapter, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, **options)
-
-
-class _Waiting:
-    """Edits that go as soon as others have asked all their prompts anew."""
-
-    def __init__(self, edits: Sequence[Edit]):
-        self._left = {edit.id: {r.prompt for r in edit.requests} for edit in edits}
-        self._asking: dict[str, list[str]] = {}
-        for name, prompts in self._left.items():
-            for prompt in prompts:
-                self._asking.setdefault(prompt, []).append(name)
-
-    def superseded_by(self, edit: Edit) -> list[str]:
-        """Ids of those that go with this edit and the ones before it."""
-        gone = []
-        for request in edit.requests:
-            for name in self._asking.get(request.prompt, ()):
-                self._left[name].discard(request.prompt)
-                if not self._left[name]:
-                    gone.append(name)
-        return gone

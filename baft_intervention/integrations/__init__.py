@@ -1,0 +1,1 @@
+"""BaFT inside other tools: EasyEdit and the LM evaluation harness."""

@@ -1,0 +1,1 @@
+"""From requests to trained edits: encoding, gate initialisation, the engines and the bank."""

@@ -9,7 +9,7 @@ import torch
 
 from baft_intervention.core.positions import PositionRule, prompt_positions
 from baft_intervention.editor.editor import BaftEditor
-from baft_intervention.errors import BaftError, ConfigError, EditError, PositionError, RequestError
+from baft_intervention.errors import AdapterError, BaftError, ConfigError, EditError, PositionError, RequestError
 from baft_intervention.models.tokenization import encode_prompt
 from baft_intervention.requests import EditRequest
 from baft_intervention.runtime.call_state import hook_block
@@ -530,3 +530,12 @@ def test_the_subject_question_can_be_left_out_for_subjects_of_several_tokens_too
         found.append(torch.equal(logits(tiny_llama, tokenizer, "He was"), before))
         editor.detach()
     assert found == [True, False]
+
+
+def test_an_editor_has_one_config(editor):
+    faster = dataclasses.replace(editor.config, steps=3)
+    editor.config = faster
+    assert editor.adapter.config is editor.config is faster
+    with pytest.raises(AdapterError, match=r"editor\.config.*rank"):
+        editor.config = dataclasses.replace(faster, rank=faster.rank + 1)
+    assert editor.adapter.config is editor.config is faster

@@ -327,7 +327,7 @@ def test_a_refused_adapter_leaves_no_hook_on_its_model(tmp_path, monkeypatch):
     editor.save_pretrained(tmp_path / "adapter")
     _tensor(ROTATION, _nan)(tmp_path / "adapter")
     loaded = []
-    import baft_intervention.editor.editor as module
+    import baft_intervention.editor.persistence as module
 
     load_model = module.load_model
     monkeypatch.setattr(module, "load_model", lambda *a, **k: loaded.append(load_model(*a, **k)) or loaded[-1])

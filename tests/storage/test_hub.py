@@ -105,7 +105,8 @@ def test_a_repository_without_an_adapter_is_taken_for_a_model(hub: Hub, monkeypa
     hub.repos["me/model"] = {"config.json": b"{}"}
     asked = []
     monkeypatch.setattr(
-        "baft_intervention.editor.editor.load_model", lambda name, **k: asked.append((name, k["revision"])) or 1 / 0
+        "baft_intervention.editor.persistence.load_model",
+        lambda name, **k: asked.append((name, k["revision"])) or 1 / 0,
     )
     for name in ("me/model", "me/nothing"):
         with pytest.raises(ZeroDivisionError):
