@@ -162,7 +162,7 @@ def test_a_folder_is_gone_on_with_as_if_it_had_never_been_closed(tmp_path):
     assert ids(tmp_path / "edits") == ["france", "tower"]
     with pytest.raises(AdapterError, match="rank = 4, this editor 3"):
         BaftEditor.open(tmp_path / "edits", config=config(rank=3))
-    with pytest.raises(ConfigError, match="holds no adapter yet; say which model"):
+    with pytest.raises(ConfigError, match="holds no adapter yet; name the model"):
         BaftEditor.open(tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
