@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 Allocation = Literal["per_edit", "joint"]
 Engine = Literal["auto", "reference"]
 Init = Literal["identity", "random"]
-Order = Literal["auto", "depth", "breadth"]
 Schedule = Literal["linear", "constant"]
 
 # layer 27 of 30 on SmolLM2: of 20, 25 and 27 the edits there generalise best on the validation parts (docs/theory/gate.md)
@@ -31,7 +30,7 @@ DEFAULT_DEPTH = 0.9
 MOST_SEED = 2**63 - 1  # the largest that torch takes
 MOST_AUGMENTATIONS = 12  # sentences that can stand before a request
 # fields of earlier versions and their defaults: a saved adapter that has them still loads
-_REMOVED = {"bases": "free", "bank_size": 256}
+_REMOVED = {"bases": "free", "bank_size": 256, "order": "auto", "mini_batch": 0, "epochs": 0}
 
 Check = Callable[[str, Any], Any]  # (name, value) -> the value to keep; raises ConfigError
 
@@ -147,10 +146,6 @@ class BaftConfig:
         weighting_options: keyword arguments of that network.
         allocation: ``per_edit`` gives every request its own bases, and ``undo`` is exact. ``joint`` trains all requests of
             one call in one set of bases, as batched editing does in the paper.
-        order: in which the requests of one call are trained. ``depth``: each to its end before the next. ``breadth``: all
-            together. ``auto``: together if they compete or share bases, else one after another.
-        mini_batch: requests a step of ``joint`` breadth-first training (augmentations count as requests); 0 for all.
-        epochs: passes over the mini-batches, a step on each; 0 for as many as ``steps`` allows.
         init: ``random`` starts the map as pyreft's LoReFT does, ``identity`` at no change, see
             :class:`~baft_intervention.core.basis_map.BasisWeightedMap`.
         learning_rate: of AdamW. The default gate allows a high rate: most edits finish in a few steps, and their paraphrases
@@ -184,9 +179,6 @@ class BaftConfig:
     weighting: str = field(default="subject_relation", metadata=_setting(_weighting, identity=True))
     weighting_options: Mapping[str, Any] = field(default_factory=dict, metadata=_setting(_options, identity=True))
     allocation: Allocation = field(default="per_edit", metadata=_setting(_choice(Allocation)))
-    order: Order = field(default="auto", metadata=_setting(_choice(Order)))
-    mini_batch: int = field(default=0, metadata=_setting(_whole(0)))
-    epochs: int = field(default=0, metadata=_setting(_whole(0)))
     init: Init = field(default="random", metadata=_setting(_choice(Init)))
     learning_rate: float = field(default=2e-2, metadata=_setting(_real(above=True)))
     weight_decay: float = field(default=0.0, metadata=_setting(_real()))
@@ -212,20 +204,6 @@ class BaftConfig:
             raise ConfigError(
                 f"allocation is 'joint', but the edits of weighting {self.weighting!r} compete one by one; "
                 "use 'per_edit', or a weighting whose updates add up, e.g. 'linear'"
-            )
-        if self.mini_batch and (self.allocation != "joint" or self.order == "depth"):
-            raise ConfigError(
-                f"mini_batch is {self.mini_batch}, but mini-batches are of requests that share bases and are trained together; "
-                "use allocation 'joint' with order 'breadth' or 'auto', or mini_batch 0"
-            )
-        if self.epochs and not self.mini_batch:
-            raise ConfigError(
-                f"epochs is {self.epochs}, but there are no mini-batches to pass over; give mini_batch too"
-            )
-        if self.order == "breadth" and self.allocation == "per_edit" and not weighting_class(self.weighting).routed:
-            raise ConfigError(
-                f"order is 'breadth', but the edits of weighting {self.weighting!r} add up and are trained on what the earlier "
-                "ones left; use 'depth', or allocation 'joint' with a weighting whose updates add up"
             )
 
     @classmethod

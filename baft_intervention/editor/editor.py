@@ -107,7 +107,9 @@ class BaftEditor(PersistentEdits):
         done: list[Edit] = []
         marks = [self._store and self._store.mark()]  # of the log, after each edit that is done
         engine = make_engine(self.model, self.tokenizer, self.config, self.adapter.layers)
-        chunk = _CHUNK * world_size() if self._independent else 1
+        chunk = (
+            _CHUNK * world_size() if self.adapter.routed else 1
+        )  # updates that are summed train on top of the earlier edits
         progress = progress and is_main()
         bar = tqdm(total=len(groups), desc="editing", unit="edit", disable=not progress, dynamic_ncols=True)
         try:
@@ -152,7 +154,7 @@ class BaftEditor(PersistentEdits):
         """The edit of each group of requests, in order, as soon as it is trained; the same on all ranks."""
         if world_size() == 1:
             yield from engine.train_many(self._jobs(groups), self._surroundings())
-        elif self._independent and self.config.allocation != "joint" and not is_sharded(self.model):
+        elif self.adapter.routed and self.config.allocation != "joint" and not is_sharded(self.model):
             around = self._surroundings()
             own = gather(lambda: list(engine.train_many(self._jobs(shard(groups)), around)))
             yield from unshard(own)
@@ -161,11 +163,6 @@ class BaftEditor(PersistentEdits):
                 for module in job.maps.values():  # so that all begin at the same bits
                     module.load_state_dict(from_main(module.state_dict))
                 yield engine.train_data_parallel(job, self._surroundings())
-
-    @property
-    def _independent(self) -> bool:
-        """Whether edits train together: those that compete do; those that add up train on top of the earlier ones."""
-        return self.adapter.routed and self.config.order != "depth"
 
     def _jobs(self, groups: Sequence[Sequence[EncodedRequest]]) -> list[Job]:
         return make_jobs(

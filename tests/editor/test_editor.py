@@ -90,8 +90,8 @@ JOINT = {"allocation": "joint", "loss_target": 0.05}
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, JOINT, {**JOINT, "mini_batch": 1}, {**JOINT, "order": "depth"}],
-    ids=["alone", "joint", "mini-batches", "depth"],
+    [{}, JOINT],
+    ids=["alone", "joint"],
 )
 def test_the_output_loss_keeps_what_is_said_elsewhere(tiny_llama, tokenizer, changes):
     texts = BANK[:4]
