@@ -1,4 +1,4 @@
-"""``BaftEditor``: editing a model, undoing, merging and keeping edits in a few calls."""
+"""``BaftEditor``: edit a model, and undo, merge and save edits, in a few calls."""
 
 from .editor import BaftEditor
 from .report import EditReport

@@ -32,26 +32,26 @@ from .persistence import PersistentEdits
 from .report import EditReport, Superseded
 
 logger = logging.getLogger(__name__)
-_CHUNK = 64  # edits that are prepared and handed to the engine together
-_OUTPUT_TEXTS = 16  # unrelated texts that the output loss looks at
-_SLACK = 1 << 20  # bytes of a log that are never worth a new snapshot
-_LONG = 12  # tokens of a target that are many for a late block
-_LOWER = 2 / 3  # depth of a block that reaches them: WikiBio's 76 % of tokens at nine tenths are 86 % there
+_CHUNK = 64  # edits that the engine receives together
+_OUTPUT_TEXTS = 16  # unrelated texts that the output loss uses
+_SLACK = 1 << 20  # bytes that a log may always reach before it is compacted
+_LONG = 12  # a target of more tokens may be too long for a late block
+_LOWER = 2 / 3  # relative depth to suggest then: it reaches 86 % of WikiBio's tokens, nine tenths reaches 76 %
 
 
 class BaftEditor(PersistentEdits):
-    """Edits facts of a causal language model, and takes them back.
+    """Edits facts in a causal language model, and undoes edits.
 
-    The base model's weights are never written: an edit is a small map on one block's output, put there by a hook.
-    Several editors, and a user's own hooks, can live on one model.
+    The base model's weights are never written: an edit is a small map on a block's output, applied by a hook.
+    Several editors and your own hooks can share one model.
 
     Args:
         model: a Hugging Face causal language model.
         tokenizer: its tokenizer.
         config: settings; the defaults suit single facts.
-        model_name: what the base model is called in a saved adapter; taken from the model where not given.
-        bank_texts: unrelated texts of your own, from which the gate learns what to leave alone; by default the
-            package's own (see :mod:`baft_intervention.training.bank`).
+        model_name: name of the base model in a saved adapter; by default read from the model.
+        bank_texts: your own unrelated texts, from which the gate learns what to leave alone; by default the
+            package's (see :mod:`baft_intervention.training.bank`).
 
     Example::
 
@@ -61,7 +61,7 @@ class BaftEditor(PersistentEdits):
         editor.undo(report.edits[0].id)
 
     Raises:
-        ConfigError: a layer that the model has not, a rank above its hidden size.
+        ConfigError: the model does not have one of the layers, or its hidden size is below the rank.
     """
 
     def __init__(
@@ -79,23 +79,23 @@ class BaftEditor(PersistentEdits):
     # ------------------------------------------------------------------------------------------ editing
 
     def edit(self, requests: EditRequest | Sequence[EditRequest], *, progress: bool = False) -> EditReport:
-        """Train and commit one or several edits: all of them, or on an error none.
+        """Train and commit one or several edits; on an error, none of them.
 
-        A later edit of a prompt supersedes the earlier one. An interrupt (Ctrl-C) keeps the edits that are finished.
+        A later edit of a prompt supersedes the earlier one. An interrupt (Ctrl-C) keeps the finished edits.
 
         Several processes (see :mod:`~baft_intervention.runtime.distributed`) call it with the same requests and have the same edits
-        afterwards. Edits that compete are shared out over them; one of several requests, and those that add up, are
-        trained by all together.
+        afterwards. Competing edits are divided among the processes. A joint edit of several requests, and edits that
+        add up, are trained by all processes together.
 
         Args:
-            requests: what to change; conversations are put into the tokenizer's chat template, which is recorded.
-            progress: show a bar with the time left.
+            requests: what to change; conversations are rendered with the tokenizer's chat template, which is recorded.
+            progress: show a progress bar with the remaining time.
 
         Raises:
-            RequestError: an empty list, two requests with one prompt, a target of no token.
-            PositionError: a position rule that finds no token, e.g. a subject that is not in its prompt.
-            EditError: a loss that is not finite.
-            StoreError: the editor is kept in a folder that cannot be written to.
+            RequestError: the list is empty, two requests share a prompt, or a target has no tokens.
+            PositionError: the position rule finds no token, e.g. because a subject is not in its prompt.
+            EditError: the loss is not finite.
+            StoreError: the editor's folder cannot be written to.
         """
         begin = time.perf_counter()
         encoded = self._check([requests] if isinstance(requests, EditRequest) else list(requests))
@@ -105,7 +105,7 @@ class BaftEditor(PersistentEdits):
         groups = [tuple(encoded)] if self.config.allocation == "joint" else [(each,) for each in encoded]
         before, waiting = self.edits, Superseded(replaced)
         done: list[Edit] = []
-        marks = [self._store and self._store.mark()]  # of the log, after each edit that is done
+        marks = [self._store and self._store.mark()]  # positions in the log, after each finished edit
         engine = make_engine(self.model, self.tokenizer, self.config, self.adapter.layers)
         chunk = (
             _CHUNK * world_size() if self.adapter.routed else 1
@@ -123,7 +123,7 @@ class BaftEditor(PersistentEdits):
                         done.append(edit)
                         bar.update()
         except KeyboardInterrupt:
-            logger.warning("interrupted: %d of %d edits are finished and stay", len(done), len(groups))
+            logger.warning("interrupted: %d of %d edits are finished and kept", len(done), len(groups))
             finished = {r.prompt for e in done for r in e.requests}
             self.adapter.set_edits([e for e in before if not {r.prompt for r in e.requests} <= finished] + done)
             self._roll_back(marks[len(done)])
@@ -137,17 +137,17 @@ class BaftEditor(PersistentEdits):
         for edit in done:
             if not edit.reached:
                 logger.warning(
-                    "%s: after %d steps the model does not give the whole target (loss %.3f); %s",
-                    edit.requests[0].where, edit.steps, edit.loss, self._mend(edit),
+                    "%s: after %d steps the model does not produce the whole target (loss %.3f); %s",
+                    edit.requests[0].where, edit.steps, edit.loss, self._hint(edit),
                 )  # fmt: skip
         return EditReport(tuple(done), tuple(edit.id for edit in replaced), time.perf_counter() - begin)
 
-    def _mend(self, edit: Edit) -> str:
-        """What may bring an edit to its target: what lies above the edited block must carry a long one to its later tokens."""
+    def _hint(self, edit: Edit) -> str:
+        """How an edit may reach its target; a late block leaves few blocks to carry a long target to its later tokens."""
         longest = max(len(self.tokenizer(r.target_new)["input_ids"]) for r in edit.requests)
         lower = round(_LOWER * len(self.adapter.blocks))
         if longest > _LONG and max(self.adapter.layers) > lower:
-            return f"its target is of {longest} tokens: edit a lower block, layers=({lower},), or raise steps"
+            return f"its target has {longest} tokens; edit a lower block, layers=({lower},), or raise steps"
         return "raise steps or rank"
 
     def _trained(self, engine: Any, groups: Sequence[Sequence[EncodedRequest]]) -> Iterator[Edit]:
@@ -158,9 +158,9 @@ class BaftEditor(PersistentEdits):
             around = self._surroundings()
             own = gather(lambda: list(engine.train_many(self._jobs(shard(groups)), around)))
             yield from unshard(own)
-        else:  # the ranks call the model equally often, as it must be where its parameters are sharded
+        else:  # all ranks call the model equally often, as sharded parameters require
             for job in self._jobs(groups):
-                for module in job.maps.values():  # so that all begin at the same bits
+                for module in job.maps.values():  # so that all ranks start from the same bits
                     module.load_state_dict(from_main(module.state_dict))
                 yield engine.train_data_parallel(job, self._surroundings())
 
@@ -171,12 +171,12 @@ class BaftEditor(PersistentEdits):
         )  # fmt: skip
 
     def _superseded(self, items: Sequence[EditRequest]) -> list[Edit]:
-        """Edits that ask nothing but what these requests ask anew."""
+        """Earlier edits whose prompts all occur in these requests."""
         prompts = {item.prompt: item for item in items}
         return [e for e in self.adapter.asking(prompts) if all(r.prompt in prompts for r in e.requests)]
 
     def _commit(self, edit: Edit, gone: Sequence[str]) -> None:
-        """Put a finished edit, and that others went for it, on the disk and then into the adapter."""
+        """Write a finished edit and the removals that it causes to disk, then add the edit to the adapter."""
         if self._store is not None:
             self._store.append(gone, [edit.summary()], edits_state([edit]))
         self.adapter.add(edit)
@@ -186,28 +186,28 @@ class BaftEditor(PersistentEdits):
             self._store.rollback(mark)
 
     def undo(self, edit_id: str) -> Edit:
-        """Take one edit back and return it.
+        """Undo one edit and return it.
 
-        With a routed weighting (``cosine``) every edit has its own bases and the adapter is as if it had never been.
-        Where updates are summed (``constant``, ``linear``, ``mlp``), later edits were trained on top of it and stay so.
+        With a routed weighting (``cosine``), every edit has its own bases, so nothing of the undone edit remains. With
+        summed updates (``constant``, ``linear``, ``mlp``), later edits were trained on top of it and stay unchanged.
 
         Raises:
-            EditError: no edit of this id, or one that was trained jointly with others.
+            EditError: there is no edit with this id, or it is the id of a request that was trained jointly with others.
         """
         return self.undo_all([edit_id])[0]
 
     def undo_all(self, edit_ids: Sequence[str]) -> list[Edit]:
-        """As :meth:`undo`, for several: all of them, or on an error none."""
+        """Undo several edits, as :meth:`undo` does; on an error, none of them."""
         edits = [self.find(name) for name in dict.fromkeys(edit_ids)]
         if self._store is not None and edits:
             self._store.append([edit.id for edit in edits])
         return [self.adapter.remove(edit.id) for edit in edits]
 
     def find(self, edit_id: str) -> Edit:
-        """The edit of this id.
+        """The edit with this id.
 
         Raises:
-            EditError: there is none, or it is a request that was trained jointly with others.
+            EditError: there is none, or it is the id of a request that was trained jointly with others.
         """
         edit = self.adapter.find(edit_id)
         if edit is not None:
@@ -221,18 +221,18 @@ class BaftEditor(PersistentEdits):
         raise EditError(f"there is no edit {edit_id!r}; edits: {known}{' …' if len(self.adapter) > 10 else ''}")
 
     def merge(self, path: str | os.PathLike[str], *, on_conflict: OnConflict = "error") -> MergeReport:
-        """Take in the edits of an adapter folder of the same base model and settings; all or nothing.
+        """Add the edits of an adapter folder with the same base model and settings; on an error, none of them.
 
-        Edits that both have stay as they are here. Where both answer a prompt differently, ``on_conflict`` says what is done.
-        A prompt and its paraphrase are two prompts: that they contradict each other is not noticed.
+        Edits that both adapters have stay as they are here. If the two answer a prompt differently, ``on_conflict``
+        decides. A prompt and its paraphrase are two prompts: contradictions between them are not detected.
 
         Args:
-            path: the other adapter.
-            on_conflict: ``error``, or whose answer stays: ``ours`` (this editor's) or ``theirs``.
+            path: folder of the other adapter.
+            on_conflict: ``error``, or whose answer to keep: ``ours`` (this editor's) or ``theirs``.
 
         Raises:
-            AdapterError: it is damaged or does not fit, its edits add up (see :func:`~.storage.merge.plan_merge`), or
-                conflicts.
+            AdapterError: the adapter is damaged or does not fit, its edits add up (see
+                :func:`~.storage.merge.plan_merge`), or there are conflicts and ``on_conflict`` is ``error``.
         """
         state, description = from_main(lambda: read_directory(path))
         where = f"{os.fspath(path)}: "
@@ -284,13 +284,13 @@ class BaftEditor(PersistentEdits):
         return encoded
 
     def prepare(self) -> bool:
-        """Fit now what the edits of each layer share (the gates' measure of unrelated text), not at the first edit.
+        """Fit what the edits of each layer share (the gates' statistics of unrelated text) now, not at the first edit.
 
-        It belongs to the model and the settings, not to an edit: called beforehand, it keeps its seconds out of the first
-        edit's. Called again it does nothing.
+        The result depends only on the model and the settings. A call beforehand keeps this time out of the first edit's.
+        Further calls do nothing.
 
         Returns:
-            Whether there was anything to fit.
+            Whether anything was fitted.
         """
         fitted = False
         for layer in self.adapter.layers:
@@ -306,7 +306,7 @@ class BaftEditor(PersistentEdits):
         return fitted
 
     def _bank(self) -> Bank:
-        """The bank, once an editor; empty where nothing asks for it."""
+        """The bank, computed once per editor; empty if nothing needs it."""
         if self._cached_bank is None:
             self._cached_bank = Bank()
             if self.config.needs_bank or self.config.locality_coefficient:
@@ -336,21 +336,21 @@ class BaftEditor(PersistentEdits):
         batch_size: int = 32,
         **options: Any,
     ) -> Any:
-        """What the edited model writes after each prompt, the prompt itself left out.
+        """The edited model's continuation of each prompt, without the prompt itself.
 
         Args:
-            prompts: one or several; several are padded on the left and answered together. A prompt is a text, or a
-                conversation (a list of ``{"role", "content"}``), which is put into the tokenizer's chat template.
-            max_new_tokens: at most so many tokens.
-            batch_size: prompts a batch.
-            options: of ``model.generate`` (``do_sample``, ``num_beams``, ``num_return_sequences``, ``use_cache``, …); greedy
-                by default.
+            prompts: one or several; several are padded on the left and run in batches. A prompt is a text, or a
+                conversation (a list of ``{"role", "content"}``), which is rendered with the tokenizer's chat template.
+            max_new_tokens: maximum number of generated tokens.
+            batch_size: prompts per batch.
+            options: arguments of ``model.generate`` (``do_sample``, ``num_beams``, ``num_return_sequences``,
+                ``use_cache``, …); decoding is greedy by default.
 
         Returns:
-            A string for one prompt, a list for several; with ``num_return_sequences > 1`` a list of strings in place of
-            each string.
+            A string for one prompt, a list of strings for several. With ``num_return_sequences > 1``, each string
+            becomes a list of strings.
 
         Raises:
-            RequestError: a prompt that the tokenizer makes no token of, or that is too long for the model.
+            RequestError: a prompt has no tokens or is too long for the model.
         """
         return generate_texts(self.adapter, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, **options)

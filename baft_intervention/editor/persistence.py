@@ -1,4 +1,4 @@
-"""The lasting side of an editor: the adapter that it opens, the folder that it writes to, the hub that it pushes to."""
+"""Saving and loading of an editor: the adapter it opens, the folder it writes to, and the hub it pushes to."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class PersistentEdits:
-    """A model with an adapter, opened from and kept in folders; the part of :class:`BaftEditor` that does not train.
+    """A model with an adapter that is loaded from and saved to folders; :class:`BaftEditor` adds the training.
 
     Args:
         model, tokenizer, config, model_name, bank_texts: see :class:`~baft_intervention.editor.editor.BaftEditor`.
@@ -57,10 +57,10 @@ class PersistentEdits:
 
     @property
     def config(self) -> BaftConfig:
-        """The settings of all edits, which are the adapter's. Only those that training alone reads can be changed.
+        """The settings that all edits share. Only settings that affect nothing but training can be changed.
 
         Raises:
-            AdapterError: (on setting it) a setting differs that defines what the edits' tensors mean.
+            AdapterError: on assignment, if a changed setting defines what the edits' tensors mean.
         """
         return self.adapter.config
 
@@ -75,7 +75,7 @@ class PersistentEdits:
         return self.adapter.edits
 
     def prepare(self) -> bool:
-        """Fit what all edits share, if it is not fitted yet; whether there was anything to fit."""
+        """Fit what all edits share, unless it is fitted already; return whether anything was fitted."""
         raise NotImplementedError
 
     @classmethod
@@ -89,11 +89,12 @@ class PersistentEdits:
         revision: str | None = None,
         bank_texts: Sequence[str] | None = None,
     ) -> Self:
-        """An editor of a model by name (built-in, folder or hub id), or of an adapter with its base model.
+        """Create an editor from a model (built-in name, folder or hub id), or from an adapter and its base model.
 
         Args:
-            name: a model's name; or a folder that :meth:`save_pretrained` wrote, or a hub id that :meth:`push_to_hub` wrote to.
-            config: settings for new edits of a model; an adapter brings its own.
+            name: a model's name, or an adapter: a folder that :meth:`save_pretrained` wrote, or a hub id that
+                :meth:`push_to_hub` wrote to.
+            config: settings for a model without edits; an adapter has its own.
             device, dtype: see :func:`~baft_intervention.models.loading.load_model`; by default an adapter's base model
                 is loaded in the dtype that the adapter records.
             revision: branch, tag or commit of a hub id.
@@ -125,15 +126,16 @@ class PersistentEdits:
         dtype: str | torch.dtype | None = None,
         bank_texts: Sequence[str] | None = None,
     ) -> Self:
-        """An editor whose edits live in a folder: each is on the disk before the call that made it returns.
+        """Create an editor that keeps its edits in a folder; each edit is on disk before the call that made it returns.
 
-        If the folder holds an adapter, its edits are loaded, up to the last one that was committed, however the process
-        that wrote it ended. No other process can write to the folder until :meth:`close` or the end of a ``with`` block.
+        It loads the edits of an existing adapter, up to the last committed one, even if the process that wrote them was
+        killed. No other process can write to the folder until :meth:`close` or the end of a ``with`` block.
 
         Args:
-            folder: a folder with an adapter, or an empty or a new folder.
-            model: name of the base model; needed for a new adapter, and for one whose base model was moved.
-            config: settings. For an existing adapter, only settings that training alone reads may differ from its own.
+            folder: a folder with an adapter, an empty folder, or a new one.
+            model: name of the base model; required for a new adapter, and for one whose base model has moved.
+            config: settings. For an existing adapter, only settings that affect nothing but training may differ from
+                its own.
             device, dtype, bank_texts: as for :meth:`from_pretrained`.
 
         Example::
@@ -142,7 +144,7 @@ class PersistentEdits:
                 editor.edit(requests)  # if it is killed, only the edit in training is lost
 
         Raises:
-            StoreError: another process has the folder open, it cannot be written to, or its log is damaged.
+            StoreError: another process has the folder open, the folder cannot be written to, or its log is damaged.
             AdapterError: the folder holds something else, or an adapter that does not fit.
         """
         store, given = open_store(folder), {"device": device, "dtype": dtype, "bank_texts": bank_texts}
@@ -180,7 +182,7 @@ class PersistentEdits:
     ) -> Self:
         if config is not None:
             raise ConfigError(f"{name!r} is an adapter and has its own settings; leave config out")
-        # several processes that open a folder together read what rank 0 reads: it may be on rank 0's disk alone
+        # all ranks use what rank 0 reads: the folder may exist only on rank 0's disk
         state, description = store.read() if isinstance(store, MainStore) else read_directory(folder)
         base = description["base_model"]
         given = {"device": device, "dtype": dtype or base.get("dtype")}
@@ -206,29 +208,29 @@ class PersistentEdits:
         metrics: Mapping[str, float] | None = None,
         message: str = "Upload adapter",
     ) -> str:
-        """Push the edits with a generated model card to the hub; :meth:`from_pretrained` with ``repo_id`` loads them.
+        """Push the edits and a generated model card to the hub; :meth:`from_pretrained` with ``repo_id`` loads them.
 
-        An adapter contains its requests (prompts, new answers, subjects), readable by everyone who can read the
-        repository. With several processes, rank 0 pushes; the others do nothing and return an empty address.
+        An adapter contains its requests (prompts, new answers, subjects): everyone who can read the repository can read
+        them. With several processes, only rank 0 pushes; the others return an empty string.
 
         Args:
             repo_id: ``user/name``; the repository is created if it does not exist.
             private: whether a new repository is private; by default the account's setting.
-            token: the account's token; by default the one that ``huggingface_hub`` has stored.
+            token: access token of the account; by default the one stored by ``huggingface_hub``.
             revision: branch to push to.
-            license: the hub's identifier for the card, e.g. ``apache-2.0``.
-            metrics: your own numbers for the card.
+            license: license identifier for the card, e.g. ``apache-2.0``.
+            metrics: your own measurements for the card.
             message: commit message.
 
         Returns:
             The commit's URL.
 
         Raises:
-            AdapterError: the hub cannot be reached or refuses.
+            AdapterError: the hub is unreachable or refuses the upload, or the model's parameters are sharded over processes.
         """
         if world_size() > 1 and is_sharded(self.model):
             raise AdapterError(
-                "the model's parameters are sharded over processes; call save_pretrained on all of them, and push that folder"
+                "the model's parameters are sharded over processes; call save_pretrained on every process, then push that folder"
             )
         if not is_main():
             return ""
@@ -241,7 +243,7 @@ class PersistentEdits:
             return push_folder(place, repo_id, private=private, token=token, revision=revision, message=message)
 
     def load_adapter(self, path: str | os.PathLike[str]) -> None:
-        """Replace this editor's edits by those of an adapter folder of the same base model; all or nothing.
+        """Replace this editor's edits with those of an adapter folder of the same base model; on an error, change nothing.
 
         Raises:
             AdapterError: the adapter is damaged, or belongs to another model, schema or settings.
@@ -264,16 +266,16 @@ class PersistentEdits:
     def save_pretrained(self, path: str | os.PathLike[str]) -> Path:
         """Write the edits to a folder (``adapter.safetensors`` and ``adapter.json``), atomically.
 
-        If the edits are kept in this very folder, its log is folded into the snapshot (:meth:`compact`). With several
-        processes, rank 0 writes and the others do not wait for it.
+        If the editor keeps its edits in this very folder, :meth:`compact` runs instead. With several processes, rank 0
+        writes and the others do not wait for it.
 
         Raises:
-            AdapterError: the folder holds something else, or cannot be written.
+            AdapterError: the folder holds something else, or cannot be written to.
         """
         if self._store is not None and Path(path).expanduser().resolve() == self._store.path.resolve():
             self.compact()
             return self._store.path
-        description = self._description()  # on all ranks: a fingerprint gathers sharded parameters
+        description = self._description()  # on all ranks, because a fingerprint gathers sharded parameters
         if not is_main():
             return Path(path)
         return write_directory(path, self.adapter.state(), description)
@@ -291,22 +293,23 @@ class PersistentEdits:
         }  # fmt: skip
 
     def keep_in(self, folder: str | os.PathLike[str]) -> None:
-        """Write every change to ``folder`` from now on, before the call that makes it returns; see :meth:`open`.
+        """From now on, write every change to ``folder`` before the call that makes it returns; see :meth:`open`.
 
-        An editor without edits loads those of the folder. One with edits needs a folder without.
+        An editor without edits loads those of the folder. An editor with edits needs a folder without any.
 
         Raises:
-            StoreError: both have edits, another process has the folder open, it cannot be written to, or its log is damaged.
+            StoreError: both have edits, another process has the folder open, the folder cannot be written to, or its log
+                is damaged.
             AdapterError: the folder holds something else, or an adapter that does not fit.
         """
         if self._store is not None:
-            raise StoreError(f"the edits are kept in {self._store.path} already; close() the editor first")
+            raise StoreError(f"the edits are already kept in {self._store.path}; close() the editor first")
         store = open_store(folder)
         try:
             if not store.fresh:
                 if len(self.adapter):
                     raise StoreError(
-                        f"{store.path} holds an adapter, and this editor has {len(self.adapter)} edits of its own; "
+                        f"{store.path} holds an adapter, but this editor has {len(self.adapter)} edits of its own; "
                         "give another folder, or merge() the adapter into this editor"
                     )
                 self.load_adapter(folder)
@@ -321,18 +324,18 @@ class PersistentEdits:
         self._store = store
 
     def compact(self) -> None:
-        """Fold the folder's log into its snapshot; does nothing for an editor that is not kept in a folder.
+        """Fold the log of the editor's folder into its snapshot; without a folder, do nothing.
 
-        :meth:`edit` does it by itself once more than half of the log is about edits that are gone.
+        :meth:`edit` calls this by itself once more than half of the log concerns removed edits.
         """
         if self._store is not None:
             self._store.seal(self.adapter.state(), self._description())
 
     def close(self, *, discard: bool = False) -> None:
-        """Release the folder for other writers; the edits stay on the model, in memory only.
+        """Release the folder for other writers; the edits stay on the model, but only in memory.
 
         Args:
-            discard: if the folder held no adapter when it was opened, remove what was written to it.
+            discard: if the folder held no adapter when it was opened, delete what was written to it.
         """
         if self._store is not None:
             self._store.close(discard=discard)
@@ -349,9 +352,9 @@ class PersistentEdits:
         self.adapter.attach()
 
     def detach(self) -> None:
-        """Take this editor's hooks off the model, which is then unedited."""
+        """Remove this editor's hooks from the model, which is then unedited."""
         self.adapter.detach()
 
     def enabled(self, value: bool = True) -> contextlib.AbstractContextManager[None]:
-        """``with editor.enabled(False):`` the unedited model answers."""
+        """Context that enables or disables the edits: inside ``with editor.enabled(False):``, the model is unedited."""
         return self.adapter.enabled(value)

@@ -1,4 +1,4 @@
-"""What a call of ``BaftEditor.edit`` did, and which earlier edits it supersedes."""
+"""The result of ``BaftEditor.edit``, and the earlier edits that it supersedes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ..runtime.adapter import Edit
 
 @dataclass(frozen=True)
 class EditReport:
-    """What a call of :meth:`BaftEditor.edit` did.
+    """The result of one call of :meth:`BaftEditor.edit`.
 
     Args:
-        edits: the committed edits, one a request (one in all for ``allocation="joint"``).
-        replaced: ids of earlier edits of the same prompts, which these supersede.
-        seconds: wall time of the call, bank included.
+        edits: the committed edits, one per request (a single one for ``allocation="joint"``).
+        replaced: ids of earlier edits of the same prompts, which the new edits supersede.
+        seconds: wall time of the call, including the bank.
     """
 
     edits: tuple[Edit, ...]
@@ -29,7 +29,7 @@ class EditReport:
 
 
 class Superseded:
-    """Edits that go as soon as others have asked all their prompts anew."""
+    """Earlier edits, each to be removed once new edits have covered all its prompts."""
 
     def __init__(self, edits: Sequence[Edit]):
         self._left = {edit.id: {r.prompt for r in edit.requests} for edit in edits}
@@ -39,7 +39,7 @@ class Superseded:
                 self._asking.setdefault(prompt, []).append(name)
 
     def superseded_by(self, edit: Edit) -> list[str]:
-        """Ids of those that go with this edit and the ones before it."""
+        """Ids of the earlier edits whose last remaining prompt this edit covers."""
         gone = []
         for request in edit.requests:
             for name in self._asking.get(request.prompt, ()):

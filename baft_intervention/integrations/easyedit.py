@@ -1,23 +1,23 @@
-"""EasyEdit's door: BaFT as one more of its editing methods.
+"""BaFT as an editing method of EasyEdit.
 
-EasyEdit calls a method as ``apply_algo(model, tok, requests, hparams, copy=…, return_orig_weights=…, …)``, evaluates what
-comes back, and takes the edit back with the second value. This module speaks that language; nothing here imports EasyEdit
-but :func:`register`::
+EasyEdit calls a method as ``apply_algo(model, tok, requests, hparams, copy=…, return_orig_weights=…, …)``, evaluates the
+model that it returns, and undoes the edit with the second return value. This module implements that protocol. Only
+:func:`register` imports EasyEdit::
 
     from easyeditor import BaseEditor
     from baft_intervention.integrations import easyedit
 
     easyedit.register()
-    hparams = easyedit.BaFTHyperParams.from_hparams("llama-3-8b")  # a shipped one, or the path of a YAML file
+    hparams = easyedit.BaFTHyperParams.from_hparams("llama-3-8b")  # a shipped file, or the path of your own
     metrics, edited_model, _ = BaseEditor.from_hparams(hparams).edit(prompts=…, target_new=…, subject=…)
 
-*Where a prompt ends.* EasyEdit's evaluation feeds prompt and answer in one sequence and does not say where the prompt ends,
-and an edit sits at the prompt's end. :class:`EditedModel` therefore knows every prompt that a request brings (its own, its
-rephrase, locality and portability prompts) and looks up the longest that a row begins with; a row that begins with none of
-them is taken to be all prompt, as in generation.
+*Where a prompt ends.* An edit acts at the prompt's end, but EasyEdit's evaluation feeds prompt and answer as one sequence
+and does not say where the prompt ends. :class:`EditedModel` therefore stores every prompt of a request (its own, its
+rephrase, locality and portability prompts) and looks up the longest one that a row begins with. A row that begins with
+none of them counts as all prompt, as in generation.
 
-*Sequential editing.* EasyEdit hands over the same base model again and again; further calls add edits to it, until the
-restore callable is called.
+*Sequential editing.* EasyEdit passes the same base model to every call. Each call adds edits to it, until the restore
+callable is called.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ from ..requests import EditRequest
 from ..runtime.adapter import Edit
 
 ALG_NAME = "BaFT"
-HPARAMS = Path(__file__).with_name("hparams")  # the YAML files that are shipped
-_PLACEHOLDER = "<|endoftext|>"  # EasyEdit's ground_truth where a user gives none
-_STATE = "_baft_easyedit"  # name of the attribute that keeps a model's edits on the model itself
+HPARAMS = Path(__file__).with_name("hparams")  # the shipped YAML files
+_PLACEHOLDER = "<|endoftext|>"  # EasyEdit's ground_truth if a user gives none
+_STATE = "_baft_easyedit"  # the attribute of a model that holds its edits
 
 
 @dataclass
 class BaFTHyperParams:
-    """What EasyEdit reads of a method's settings, and the settings of the edit.
+    """The settings that EasyEdit reads of every method, and the settings of the edit.
 
     Args:
-        model_name: hub id or folder of the base model; EasyEdit loads it.
-        config: settings of the edit; in YAML its fields stand beside the others.
-        device: GPU number, EasyEdit's.
-        max_length: tokens to which EasyEdit's evaluation cuts a prompt.
-        batch_size: requests that EasyEdit's ``batch_edit`` hands over at once; its other modes ask for 1.
+        model_name: hub id or folder of the base model, which EasyEdit loads.
+        config: settings of the edit; in YAML, its fields are at the top level, next to the others.
+        device: number of the GPU that EasyEdit uses.
+        max_length: number of tokens to which EasyEdit's evaluation truncates a prompt.
+        batch_size: requests per call in EasyEdit's ``batch_edit``; its other modes require 1.
         model_parallel, fp16: how EasyEdit loads the model.
-        alg_name: EasyEdit's name of the method.
+        alg_name: the method's name in EasyEdit.
     """
 
     model_name: str
@@ -70,10 +70,11 @@ class BaFTHyperParams:
 
     @classmethod
     def from_hparams(cls, hparams_name_or_path: str | Path) -> BaFTHyperParams:
-        """Read a YAML file by path (the suffix may be left out), or a shipped one by name.
+        """Read a YAML file by its path (with or without suffix), or a shipped one by its name.
 
         Raises:
-            ConfigError: no such file, another method's, an unknown setting or a bad value; the message names them.
+            ConfigError: there is no such file, it belongs to another method, or a setting is unknown or has a bad
+                value; the message names it.
         """
         import yaml
 
@@ -86,7 +87,7 @@ class BaFTHyperParams:
 
     @classmethod
     def from_dict(cls, data: Any, *, where: str = "") -> BaFTHyperParams:
-        """From the flat mapping that a YAML file holds."""
+        """Build the settings from the flat mapping of a YAML file."""
         if not isinstance(data, Mapping):
             raise ConfigError(f"{where}settings must be a mapping, got {type(data).__name__}")
         if data.get("alg_name") != ALG_NAME:
@@ -102,7 +103,7 @@ class BaFTHyperParams:
                     raise ConfigError(f"{where}{name} is {value!r}; it must be of type {wanted.__name__}")
                 values[name] = value
             elif kinds.get(name) is float and isinstance(value, str):
-                settings[name] = _number(value)  # YAML takes 1e-2 for a text, and EasyEdit for a number
+                settings[name] = _number(value)  # YAML reads 1e-2 as a string; EasyEdit means a number
             else:
                 settings[name] = value
         if not values.get("model_name"):
@@ -110,7 +111,7 @@ class BaFTHyperParams:
         return cls(**values, config=BaftConfig.from_dict(settings, where=where))
 
     def to_dict(self) -> dict[str, Any]:
-        """The flat mapping again."""
+        """The flat mapping that :meth:`from_dict` reads."""
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "config"}
         return {**data, **self.config.to_dict()}
 
@@ -137,7 +138,7 @@ def _number(text: str) -> Any:
 
 
 def register() -> None:
-    """Make the method known to an installed EasyEdit under :data:`ALG_NAME`, and as one whose edits can come in batches.
+    """Register the method with an installed EasyEdit under :data:`ALG_NAME`, also for batches of edits.
 
     Raises:
         ImportError: EasyEdit is not installed.
@@ -153,10 +154,10 @@ def register() -> None:
 
 
 def to_edit_request(request: Mapping[str, Any]) -> EditRequest:
-    """The part of an EasyEdit request that is trained on; what it is evaluated with stays EasyEdit's.
+    """The part of an EasyEdit request to train on; EasyEdit itself reads the part to evaluate.
 
     Raises:
-        RequestError: ``prompt`` or ``target_new`` is missing or no text.
+        RequestError: ``prompt`` or ``target_new`` is missing or not a string.
     """
     if not isinstance(request, Mapping):
         raise RequestError(f"a request must be an object with prompt and target_new, got {type(request).__name__}")
@@ -169,7 +170,7 @@ def to_edit_request(request: Mapping[str, Any]) -> EditRequest:
 
 
 def prompts_of(request: Mapping[str, Any]) -> list[str]:
-    """Every prompt that a request brings with it, each once."""
+    """All prompts of a request, without duplicates."""
     found: list[Any] = [request.get(name) for name in ("prompt", "rephrase_prompt", "loc_prompt")]
     for kind in ("locality", "portability"):
         groups = request.get(kind) or {}
@@ -179,7 +180,7 @@ def prompts_of(request: Mapping[str, Any]) -> list[str]:
 
 
 class _State:
-    """The edits of one base model, and the prompts that are known to belong to them."""
+    """The edits of one base model, and the prompts known to belong to them."""
 
     def __init__(self, editor: BaftEditor):
         self.editor = editor
@@ -196,12 +197,12 @@ class _State:
 
 
 class EditedModel(nn.Module):
-    """A base model with its edits, in the shape in which EasyEdit asks a model.
+    """A base model with its edits, in the form that EasyEdit expects.
 
-    Calls and ``generate`` go to the base model, whose edits act; anything else that is asked for is the base model's.
+    Calls and ``generate`` run the base model with its edits; all other attributes are the base model's.
 
     Args:
-        state: edits and known prompts.
+        state: the edits and the known prompts.
     """
 
     def __init__(self, state: _State):
@@ -238,15 +239,15 @@ class EditedModel(nn.Module):
             return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """``generate`` of the base model, the edits in force."""
+        """The base model's ``generate``, with the edits active."""
         return self.model.generate(*args, **kwargs)
 
 
 class Restore:
-    """Puts a model's edits back to what they were before one call of :func:`apply_baft_to_model`.
+    """Undoes one call of :func:`apply_baft_to_model`: restores the edits that the model had before.
 
-    EasyEdit calls the restore value of some methods, and of every other one it writes ``.items()``, the original weights,
-    back into the model. BaFT has changed no weight; asking for its items takes the edits back and gives none.
+    EasyEdit calls this value for some methods. For all others, it reads ``.items()``, the original weights, and copies
+    them back into the model. BaFT changes no weights, so ``items()`` undoes the edits and returns nothing to copy.
     """
 
     def __init__(self, state: _State, before: tuple[Edit, ...]):
@@ -256,7 +257,7 @@ class Restore:
         editor = self._state.editor
         editor.adapter.set_edits(self._before)
         if not self._before:
-            editor.detach()  # the state stays with the model: the next edit need not fit the gates anew
+            editor.detach()  # the state stays on the model, so the next edit need not fit the gates again
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         self()
@@ -273,23 +274,23 @@ def apply_baft_to_model(
     keep_original_weight: bool = False,
     **kwargs: Any,
 ) -> tuple[EditedModel, Restore]:
-    """Edit a model as EasyEdit asks for it.
+    """Edit a model; the function that EasyEdit calls.
 
     Args:
-        model: the base model, or what an earlier call gave; its weights are not written.
-        tok: its tokenizer.
-        requests: EasyEdit's requests; several are one batch.
+        model: the base model, or the result of an earlier call; its weights are never written.
+        tok: the model's tokenizer.
+        requests: EasyEdit's requests; several form one batch.
         hparams: settings.
-        copy: leave ``model`` alone and edit a copy of it.
-        return_orig_weights, keep_original_weight: of methods that change weights; without meaning here.
-        **kwargs: what EasyEdit hands to other methods (``train_ds``); without meaning here.
+        copy: edit a copy and leave ``model`` alone.
+        return_orig_weights, keep_original_weight: ignored; they concern methods that change weights.
+        **kwargs: ignored; EasyEdit passes them to other methods (``train_ds``).
 
     Returns:
         ``(edited model, restore)``: see :class:`EditedModel` and :class:`Restore`.
 
     Raises:
-        RequestError, PositionError, EditError: a request that cannot be edited; the model is as it was.
-        ConfigError: other settings than those of the edits that are on the model.
+        RequestError, PositionError, EditError: a request cannot be edited; the model is unchanged.
+        ConfigError: the settings differ from those of the edits already on the model.
     """
     base = model.model if isinstance(model, EditedModel) else model
     items = [requests] if isinstance(requests, Mapping) else list(requests)
@@ -312,13 +313,13 @@ def apply_baft_to_model(
 
 
 def _state_of(model: Any, tok: Any, hparams: BaFTHyperParams) -> _State:
-    """The model's own state, where it has one with these settings; else a new one, not attached."""
+    """The model's own state if it has one with these settings; otherwise a new one, not attached."""
     state: _State | None = getattr(model, _STATE, None)
     if state is not None and state.editor.config == hparams.config and state.editor.tokenizer is tok:
         return state
     if state is not None and state.editor.edits:
         raise ConfigError(
-            "the model has edits that were made with other settings or another tokenizer; call their restore first"
+            "the model has edits made with other settings or another tokenizer; undo them first with their restore values"
         )
     editor = BaftEditor(model, tok, hparams.config, model_name=hparams.model_name)
     editor.detach()
@@ -326,7 +327,7 @@ def _state_of(model: Any, tok: Any, hparams: BaFTHyperParams) -> _State:
 
 
 def _copy_of(model: Any) -> Any:
-    """A deep copy with the same edits: hooks and what they belong to are made anew, not copied."""
+    """A deep copy with the same edits; the hooks and their owners are created anew, not copied."""
     state: _State | None = getattr(model, _STATE, None)
     if state is None:
         return copying.deepcopy(model)

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness's door: what an edited model can still do, on the harness's tasks or your own.
+"""Evaluate an edited model with lm-evaluation-harness, on its tasks or your own.
 
     from lm_eval import simple_evaluate
     from baft_intervention.integrations.lm_eval import make_lm
@@ -8,11 +8,11 @@
     with editor.enabled(False):
         simple_evaluate(lm, tasks=["arc_easy"])  # the unedited model, for comparison
 
-The harness scores an answer by feeding context and answer in one sequence. An edit sits at the end of the context, so
-the model is told where that is; the harness's own class for transformers models would leave the edits out of every
-multiple-choice task, and show no harm where there may be some.
+The harness scores an answer by feeding context and answer as one sequence. An edit acts at the end of the context, so the
+class here tells the model where the context ends. The harness's own class for transformers models would not apply the
+edits in multiple-choice tasks, and would hide any harm that they do.
 
-``pip install 'baft_intervention[harness]'`` brings the harness.
+``pip install 'baft_intervention[harness]'`` installs the harness.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, ids of t
 
 
 def make_lm(editor: BaftEditor, *, batch_size: int = 8, **options: Any) -> Any:
-    """The editor's model as an ``lm_eval.api.model.LM``, whose answers are the edited model's while edits are enabled.
+    """The editor's model as an ``lm_eval.api.model.LM`` that answers with the edits while they are enabled.
 
     Args:
-        editor: model, tokenizer and edits; edits that are made later count from then on.
-        batch_size: sequences a batch.
-        **options: of ``lm_eval.models.huggingface.HFLM``: ``max_length``, ``add_bos_token``, …
+        editor: model, tokenizer and edits; later edits take effect too.
+        batch_size: sequences per batch.
+        **options: arguments of ``lm_eval.models.huggingface.HFLM``: ``max_length``, ``add_bos_token``, …
 
     Raises:
-        ConfigError: a batch size below 1.
+        ConfigError: the batch size is below 1.
         ImportError: the harness is not installed.
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -55,7 +55,7 @@ def make_lm(editor: BaftEditor, *, batch_size: int = 8, **options: Any) -> Any:
                 editor, [(c, a) for _, c, a in requests], batch_size=batch_size, max_length=self.max_length
             )
             for (texts, _, _), answer in zip(requests, found, strict=True):
-                if texts is not None:  # None: a piece of a longer text
+                if texts is not None:  # None for a piece of a longer text
                     self.cache_hook.add_partial("loglikelihood", texts, answer)
             return found
 
@@ -69,13 +69,15 @@ def make_lm(editor: BaftEditor, *, batch_size: int = 8, **options: Any) -> Any:
 def answer_log_probs(
     editor: BaftEditor, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, batch_size: int, max_length: int
 ) -> list[tuple[float, bool]]:
-    """``(log p(answer | context), whether it is the greedy one)`` of ids; natural logarithm, summed over the answer's tokens.
+    """``(log p(answer | context), whether the answer is the greedy one)`` for each pair.
+
+    The logarithm is natural and summed over the answer's tokens.
 
     Args:
-        editor: whose edits sit at the end of each context.
-        pairs: ids of context and answer, neither empty.
-        batch_size: sequences a batch; the longest are scored first.
-        max_length: tokens that the model reads; of a longer sequence the beginning is cut off.
+        editor: the model and its edits, which act at the end of each context.
+        pairs: token ids of context and answer, neither empty.
+        batch_size: sequences per batch; the longest are scored first.
+        max_length: tokens that the model reads; a longer sequence loses its beginning.
     """
     found: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
     order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))

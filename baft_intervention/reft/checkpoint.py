@@ -1,4 +1,7 @@
-"""The interventions of a pyreft model on disk, as safetensors and JSON: no pickle, in place, all or nothing."""
+"""Save and load the interventions of a pyreft model as safetensors and JSON, without pickle.
+
+Loading copies into the model's own parameters, and copies either everything or nothing. It detects an interrupted save.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ _EXTRA = "_extra_state"
 
 
 def _state(reft_model: Any) -> dict[str, Tensor]:
-    """``interventions.<key>.<name>`` and, where parts of the base model are trained too, ``model.<name>``."""
+    """What is saved: ``interventions.<key>.<name>``, and ``model.<name>`` for each trainable base parameter."""
     state = {
         f"interventions.{key}.{name}": tensor
         for key, module in reft_model.interventions.items()
@@ -36,10 +39,10 @@ def _state(reft_model: Any) -> dict[str, Tensor]:
 
 
 def save_interventions(reft_model: Any, folder: str | os.PathLike[str]) -> Path:
-    """Write the interventions of a ``pyreft.ReftModel`` to a folder, over an earlier save.
+    """Write the interventions of a ``pyreft.ReftModel`` to a folder, replacing an earlier save.
 
-    Each file is written beside its place, synced and renamed; the description, which has the digest of the tensors,
-    comes last, so that a save that was cut off is refused by :func:`load_interventions`.
+    Each file is written under a temporary name, synced and renamed. The description is written last and holds the
+    digest of the tensors, so :func:`load_interventions` refuses a save that was interrupted.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,20 +75,20 @@ def save_interventions(reft_model: Any, folder: str | os.PathLike[str]) -> Path:
 
 
 def load_interventions(reft_model: Any, folder: str | os.PathLike[str]) -> None:
-    """Copy saved interventions into those of a ``pyreft.ReftModel`` of the same make, in place.
+    """Load saved interventions into a ``pyreft.ReftModel`` of the same configuration, in place.
 
-    Parameters stay the objects that they are, so an optimiser goes on with them.
+    Values are copied into the existing parameters, so an optimiser keeps working.
 
     Raises:
-        AdapterError: a file that is missing, damaged or of another schema, or interventions of another make; the model
-            is as before.
+        AdapterError: a file is missing, damaged or of another schema, or the interventions do not match the model's;
+            the model is unchanged.
     """
     folder = Path(folder)
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         blob = (folder / TENSORS).read_bytes()
     except (OSError, ValueError) as error:
-        raise AdapterError(f"{folder} holds no interventions that can be read: {error}") from None
+        raise AdapterError(f"{folder} holds no readable interventions: {error}") from None
     if not isinstance(description, dict) or description.get("schema") != SCHEMA:
         schema = description.get("schema") if isinstance(description, dict) else None
         raise AdapterError(f"{folder / DESCRIPTION} has schema {schema!r}; this version reads schema {SCHEMA}")
@@ -94,7 +97,7 @@ def load_interventions(reft_model: Any, folder: str | os.PathLike[str]) -> None:
     try:
         state = load_tensors(blob)
     except (SafetensorError, ValueError) as error:
-        raise AdapterError(f"{folder / TENSORS} is no safetensors file: {error}") from None
+        raise AdapterError(f"{folder / TENSORS} is not a safetensors file: {error}") from None
     _check(state, reft_model, folder)
     for key, module in reft_model.interventions.items():
         prefix = f"interventions.{key}."
@@ -108,25 +111,25 @@ def load_interventions(reft_model: Any, folder: str | os.PathLike[str]) -> None:
 def _check(state: dict[str, Tensor], reft_model: Any, folder: Path) -> None:
     own = _state(reft_model)
     if foreign := sorted(set(state) ^ set(own)):
-        where = "saved, and the model has it not" if foreign[0] in state else "of the model, and not saved"
+        where = "saved, but not in the model" if foreign[0] in state else "in the model, but not saved"
         raise AdapterError(
-            f"{folder}: tensor {foreign[0]!r} is {where}; load into a model of the same ReftConfig and weighting"
+            f"{folder}: tensor {foreign[0]!r} is {where}; load into a model with the same ReftConfig and weighting"
         )
     for name, tensor in sorted(state.items()):
         if name.endswith(_EXTRA):
             if not torch.equal(tensor, own[name]):
                 theirs, here = (bytes(t.tolist()).decode("utf-8", "replace") for t in (tensor, own[name]))
                 raise AdapterError(
-                    f"{folder}: the saved weighting is {theirs}, the model's {here}; they must be the same"
+                    f"{folder}: the saved weighting is {theirs}, but the model's is {here}; they must be equal"
                 )
         elif tensor.shape != own[name].shape and not _is_data(reft_model, name):
             raise AdapterError(
-                f"{folder}: tensor {name!r} has shape {tuple(tensor.shape)}, the model's has {tuple(own[name].shape)}"
+                f"{folder}: tensor {name!r} has shape {tuple(tensor.shape)}, but the model's has {tuple(own[name].shape)}"
             )
 
 
 def _is_data(reft_model: Any, name: str) -> bool:
-    """Whether the tensor's shape comes from data: a whitening's number of directions."""
+    """Whether the tensor's shape depends on data, such as the number of directions of a whitening."""
     for key, module in reft_model.interventions.items():
         prefix = f"interventions.{key}.map.weighting."
         if name.startswith(prefix) and isinstance(module, BasisWeightedLoReFTIntervention):

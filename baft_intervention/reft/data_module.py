@@ -1,13 +1,13 @@
 """Edits as a data set for pyreft's trainers and :class:`~baft_intervention.reft.trainer.BaftTrainer`.
 
-Rows hold plain lists of one length each, no padding; the collator pads a batch on the tokenizer's side and moves the
-intervention locations with the text, which pyreft's own collator does not.
+A row holds plain lists without padding. The collator pads a batch on the tokenizer's side and shifts the intervention
+locations with the text; pyreft's own collator does not shift them.
 
-Ragged locations (``subject_all``, ``prompt``, …) must become a rectangle, because pyvene takes one list of equal
-length a row. Repeating a location would do for the value, but pyvene writes representations back by index, and the
-gradient of a position written twice counts twice. The filler is therefore a padding column, behind (or before) all
-text: nothing attends to it and no label stands there, so it changes neither value nor gradient. A batch in which the
-longest row needs a filler is padded by one more column.
+Ragged locations (``subject_all``, ``prompt``, …) must become a rectangle, because pyvene requires equally many locations
+in every row. Repeating a location would leave the value right, but pyvene writes representations back by index, so the
+gradient of a position written twice counts twice. The filler is therefore a padding column after all text (before it
+under left padding). Nothing attends to this column and it has no label, so it changes neither value nor gradient. If the
+longest row of a batch needs a filler, the batch gets one more column.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from ..requests import EditRequest
 from ..training.encoding import encode_request
 
 COLUMNS = ("input_ids", "labels", "attention_mask", "intervention_locations")
-_FIELDS = ("prompt", "target_new", "subject")  # what is read of a row; other columns are left alone
+_FIELDS = ("prompt", "target_new", "subject")  # the columns that are read; others are ignored
 
 
 @dataclass(frozen=True)
 class EditCollator:
-    """Pad rows of :func:`make_edit_data_module` to a batch.
+    """Pads rows of :func:`make_edit_data_module` to a batch.
+
+    A call returns ``input_ids``, ``attention_mask`` and ``labels`` ``(B, T)``, and ``intervention_locations``
+    ``(B, I, P)`` for I interventions and P positions; all are int64.
 
     Args:
-        pad_id: id of padding; the attention mask is made from lengths, so it may be a real token's id.
-        side: ``right`` or ``left``; locations move with the text.
-
-    Returns of a call: ``input_ids``, ``attention_mask``, ``labels`` ``(B, T)`` and ``intervention_locations``
-    ``(B, I, P)``, all int64; I interventions, P positions.
+        pad_id: id of the padding token. It may be a real token's id: the attention mask is computed from lengths.
+        side: side of the padding, ``right`` or ``left``; locations shift with the text.
     """
 
     pad_id: int
@@ -78,7 +78,7 @@ def make_edit_data_module(
     append_eos: bool = False,
     eval_data: Iterable[EditRequest] | datasets.Dataset | Iterable[Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """What a trainer takes: ``{"train_dataset", "eval_dataset", "data_collator"}``.
+    """A trainer's data arguments: ``{"train_dataset", "eval_dataset", "data_collator"}``.
 
     Example::
 
@@ -86,21 +86,21 @@ def make_edit_data_module(
         BaftTrainer(model=reft_model, tokenizer=tokenizer, args=args, **module).train()
 
     Args:
-        tokenizer: of the model; its ``padding_side`` is the side on which batches are padded.
+        tokenizer: the model's tokenizer; batches are padded on its ``padding_side``.
         data: requests, or rows with the columns ``prompt``, ``target_new`` and, for a subject rule, ``subject``.
-        positions: which tokens are edited, see :mod:`baft_intervention.core.positions`; the same for every intervention.
+        positions: rule for the tokens to edit, see :mod:`baft_intervention.core.positions`; the same for every intervention.
         num_interventions: number of representations in the ``ReftConfig``.
-        append_eos: train the end of sequence behind the target too.
-        eval_data: as ``data``, for evaluation; ``eval_dataset`` is None without it.
+        append_eos: also train the end-of-sequence token after the target.
+        eval_data: evaluation data in the same form as ``data``; without it, ``eval_dataset`` is None.
 
     Returns:
-        Data sets with the columns :data:`COLUMNS`: ``labels`` are -100 off the target, ``intervention_locations`` is
-        ``num_interventions`` lists of positions in ``input_ids``, found from the ids that the model will see.
+        Data sets with the columns :data:`COLUMNS`. ``labels`` are -100 outside the target. ``intervention_locations``
+        holds ``num_interventions`` lists of positions in ``input_ids``, computed from the ids that the model will see.
 
     Raises:
-        DataError: no rows, or a row without a needed column.
-        RequestError, PositionError: a row that cannot be encoded; the message says which.
-        ConfigError: ``num_interventions`` below 1, or ``positions`` that are no rule.
+        DataError: there are no rows, or a row lacks a required column.
+        RequestError, PositionError: a row cannot be encoded; the message names the row.
+        ConfigError: ``num_interventions`` is below 1, or ``positions`` is not a known rule.
     """
     if isinstance(num_interventions, bool) or not isinstance(num_interventions, int) or num_interventions < 1:
         raise ConfigError(f"num_interventions is {num_interventions!r}; it must be a whole number of at least 1")

@@ -1,4 +1,4 @@
-"""The door to pyvene and pyreft: the map as a pyvene intervention type."""
+"""BaFT as an intervention type for pyvene and pyreft."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ class BasisWeightedLoReFTIntervention(
 ):
     """BaFT for pyvene: ``Phi(h) = h + R^T diag(w(h)) (A h + b - R h)`` (Liu et al. 2025, arXiv 2503.00306).
 
-    Give it to pyreft as any of its own::
+    Use it like one of pyreft's own interventions::
 
         config = pyreft.ReftConfig(representations={
             "layer": 20, "component": "block_output", "low_rank_dimension": 12,
             "intervention": BasisWeightedLoReFTIntervention(embed_dim=model.config.hidden_size, low_rank_dimension=12)})
         reft_model = pyreft.get_reft_model(model, config)
 
-    Unlike pyreft's ``LoreftIntervention`` it keeps parameters and arithmetic in fp32 on models of any dtype, has no
-    dropout on the residual stream, loads in place (an optimiser keeps its parameters), and its basis stays
+    Unlike pyreft's ``LoreftIntervention``, it keeps parameters and arithmetic in fp32 on models of any dtype, and has
+    no dropout on the residual stream. It loads in place, so an optimiser keeps its parameters. Its basis stays
     orthonormal to 1e-5 under any optimiser, weight decay included.
 
     Args:
         embed_dim: d, the size of the intervened representation.
         low_rank_dimension: r, the number of bases (pyreft's name for the rank), 1 <= r <= d.
-        weighting: name of a registered weighting network (``constant``, ``linear``, ``mlp``, ``cosine``, your own),
-            or a network already built.
-        weighting_options: keyword arguments of that network.
-        init: ``identity`` (does nothing until trained) or ``random`` (as LoReFT).
-        keep_last_dim, use_fast, subspace_partition: pyvene's own; a subspace partition is refused.
+        weighting: name of a registered weighting network (``constant``, ``linear``, ``mlp``, ``cosine``, or your own),
+            or an existing network.
+        weighting_options: keyword arguments for the named network.
+        init: ``identity`` (no effect until trained) or ``random`` (as in LoReFT).
+        keep_last_dim, use_fast, subspace_partition: pyvene's own arguments; ``subspace_partition`` must be None.
 
     Shapes: ``base (B, P, d)`` or ``(B, T, d)`` -> the same shape and dtype.
 
     Raises:
-        ConfigError: r out of range, an unknown weighting, or subspaces, which this map does not have.
+        ConfigError: r is out of range, the weighting is unknown, or subspaces are given, which this map does not support.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class BasisWeightedLoReFTIntervention(
             raise ConfigError(f"unknown argument {sorted(unknown)[0]!r} of BasisWeightedLoReFTIntervention")
         if subspace_partition is not None:
             raise ConfigError(
-                f"subspace_partition is {subspace_partition!r}; BaFT weighs its bases itself, leave it out"
+                f"subspace_partition is {subspace_partition!r}; BaFT weighs its bases itself, so leave it out"
             )
         super().__init__(embed_dim=int(embed_dim), keep_last_dim=keep_last_dim, use_fast=use_fast)
         self.map = BasisWeightedMap(
@@ -80,14 +80,14 @@ class BasisWeightedLoReFTIntervention(
 
     @property
     def last_weights(self) -> Tensor | None:
-        """``w(h) (B, P, r)`` of the last call, detached; None before the first."""
+        """``w(h) (B, P, r)`` of the most recent call, detached; None before the first call."""
         return self.map.last_weights
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, base: Tensor, source: Any = None, subspaces: Any = None
     ) -> Tensor:
         if subspaces is not None and any(s is not None for s in subspaces):
-            raise ConfigError("BasisWeightedLoReFTIntervention takes no subspaces; it weighs every basis by the input")
+            raise ConfigError("BasisWeightedLoReFTIntervention has no subspaces; it weighs every basis by the input")
         return self.map(base)
 
     def __str__(self) -> str:
@@ -95,5 +95,5 @@ class BasisWeightedLoReFTIntervention(
         return f"BasisWeightedLoReFTIntervention(d={dim}, r={rank})"
 
 
-# what pyvene hands to an intervention class beside embed_dim and our own arguments; none of it changes the map
+# what pyvene passes to an intervention class besides embed_dim and our own arguments; none of it changes the map
 _PYVENE_METADATA = {*RepresentationConfig._fields, "interchange_dim"}

@@ -1,4 +1,4 @@
-"""A trainer for BaFT on pyreft's ReftTrainer, that works from transformers 4.45.1 to 5.x."""
+"""A trainer for BaFT, derived from pyreft's ReftTrainer, for transformers 4.45.1 to 5.x."""
 
 from __future__ import annotations
 
@@ -37,18 +37,22 @@ _STEP = inspect.signature(Trainer.training_step).parameters
 
 
 class BaftTrainer(ReftTrainer):
-    """Train the interventions of a ``pyreft.ReftModel``; the base model stays as it is.
+    """Trains the interventions of a ``pyreft.ReftModel``; the base model stays unchanged.
 
         loss = mean over target tokens + locality_coefficient * locality + balance_coefficient * balance
 
-    What it mends in pyreft's own trainer: ``compute_loss`` for transformers 4.46 and later; evaluation; a checkpoint
-    of safetensors and JSON that overwrites, resumes exactly and is loaded without unpickling foreign code; weight decay
-    (pyreft's parameter names are not the ones that the Trainer looks for, so it decays nothing); a gradient that does
-    not depend on how a batch is split for accumulation, in transformers 4.45.1 too; position ids under left padding.
+    Improvements over pyreft's own trainer:
 
-    Under ``torchrun`` or ``accelerate launch`` the processes share each batch out (``DistributedDataParallel``), and a step is
-    that of one process with ``per_device_train_batch_size`` times their number, each target token counting alike. A data set
-    that is no multiple of this is filled up from its beginning, as the Trainer does it.
+    - ``compute_loss`` works with transformers 4.46 and later, and evaluation works.
+    - A checkpoint is safetensors and JSON. It overwrites an earlier one, resumes exactly, and loads without unpickling
+      foreign code.
+    - Weight decay works. The Trainer selects parameters by names that pyreft's do not match, and so decays none of them.
+    - The gradient does not depend on how a batch is split for accumulation, in transformers 4.45.1 too.
+    - Position ids are right under left padding.
+
+    Under ``torchrun`` or ``accelerate launch``, the processes divide each batch (``DistributedDataParallel``). A step then
+    equals that of one process whose ``per_device_train_batch_size`` is multiplied by the number of processes; every target
+    token counts equally. A data set that does not divide evenly is extended with its first rows, as the Trainer does.
 
     Example::
 
@@ -58,20 +62,21 @@ class BaftTrainer(ReftTrainer):
 
     Args:
         model: from ``pyreft.get_reft_model``.
-        args: of the Trainer. ``remove_unused_columns`` does not matter. A ``report_to`` that is all that is installed,
-            which is what transformers 4 makes of no ``report_to``, counts as not asked for.
-        tokenizer, processing_class: two names of one thing; either does in every version.
+        args: the Trainer's arguments. ``remove_unused_columns`` has no effect. A ``report_to`` that lists everything
+            installed, the default of transformers 4, counts as not set.
+        tokenizer, processing_class: two names for one argument; either works in every version.
         bank: ``layer -> (N, d)`` unrelated representations, e.g. ``get_bank(...).unrelated`` of
-            :mod:`baft_intervention.training.bank`. Weighting networks that start from data (``cosine``) do so with it,
+            :mod:`baft_intervention.training.bank`. Weighting networks that are initialised from data (``cosine``) use it
             before the first step.
-        used: ``layer -> (r,)`` use of the bases by earlier edits, for the load balancing.
-        locality_coefficient, balance_coefficient: weights of :mod:`baft_intervention.core.losses`, training only. Under
-            accumulation, and over processes, both are averaged over the micro-batches by their tokens.
-        report_to: integrations to report to whatever ``args`` says: a name, names, ``"all"`` or ``"none"``.
-        **kwargs: the Trainer's own: ``train_dataset``, ``eval_dataset``, ``data_collator``, ``callbacks``, …
+        used: ``layer -> (r,)`` how much earlier edits use each basis, for load balancing.
+        locality_coefficient, balance_coefficient: weights of the losses in :mod:`baft_intervention.core.losses`; evaluation
+            ignores them. Over accumulation steps and processes, both losses are averaged over micro-batches, weighted
+            by their tokens.
+        report_to: integrations to report to; overrides ``args``. A name, several names, ``"all"`` or ``"none"``.
+        **kwargs: other arguments of the Trainer: ``train_dataset``, ``eval_dataset``, ``data_collator``, ``callbacks``, …
 
     Raises:
-        ConfigError: a negative coefficient, a bank that is needed and not there, or a weighting that reads two layers.
+        ConfigError: a coefficient is negative, a required bank is missing, or the weighting reads two layers.
     """
 
     def __init__(
@@ -89,7 +94,7 @@ class BaftTrainer(ReftTrainer):
         **kwargs: Any,
     ):
         if tokenizer is not None and processing_class is not None and tokenizer is not processing_class:
-            raise ConfigError("tokenizer and processing_class are two names of one argument; give one of them")
+            raise ConfigError("tokenizer and processing_class are two names for one argument; give only one of them")
         for name, value in (("locality", locality_coefficient), ("balance", balance_coefficient)):
             if isinstance(value, bool) or not math.isfinite(value) or value < 0:
                 raise ConfigError(f"{name}_coefficient is {value!r}; it must be a number of at least 0")
@@ -97,10 +102,10 @@ class BaftTrainer(ReftTrainer):
         args.report_to = _reporting(args.report_to, report_to)
         kwargs["processing_class" if "processing_class" in _INIT else "tokenizer"] = tokenizer or processing_class
         super().__init__(model=model, args=args, **kwargs)
-        # transformers 4.46 and later then count the target tokens of an accumulated batch for compute_loss
+        # transformers 4.46 and later then pass compute_loss the number of target tokens in an accumulated batch
         self.model_accepts_loss_kwargs = True
         if self.args.world_size > 1 and hasattr(self.args, "average_tokens_across_devices"):
-            self.args.average_tokens_across_devices = True  # the gradient of one process on all that they read
+            self.args.average_tokens_across_devices = True  # the gradient of one process on all the data
         self.locality_coefficient, self.balance_coefficient = float(locality_coefficient), float(balance_coefficient)
         self._maps = {
             key: module.map
@@ -111,8 +116,8 @@ class BaftTrainer(ReftTrainer):
         for key, module in self._maps.items():
             if module.weighting.reads_subject:
                 raise ConfigError(
-                    f"the weighting {type(module.weighting).__name__} reads an earlier layer too, and a pyreft "
-                    "intervention sees one; use BaftEditor, or the weighting 'cosine' or 'linear'"
+                    f"the weighting {type(module.weighting).__name__} also reads an earlier layer, but a pyreft "
+                    "intervention sees only its own; use BaftEditor, or the weighting 'cosine' or 'linear'"
                 )
             reason = "locality_coefficient > 0" if locality_coefficient else ""
             if module.weighting.needs_bank:
@@ -137,20 +142,20 @@ class BaftTrainer(ReftTrainer):
     # ------------------------------------------------------------------------------------------ training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; afterwards nothing of the model is in train mode."""
+        """Train as the Trainer does; afterwards, every module of the model is in eval mode."""
         try:
             if not resume_from_checkpoint:
                 self._start_weightings()
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            for module in self._reft.modules():  # pyvene's own eval() reaches the base model alone
+            for module in self._reft.modules():  # pyvene's own eval() reaches only the base model
                 module.training = False
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         if "num_items_in_batch" in _STEP:
             return super().training_step(model, inputs, *args, **kwargs)
-        # Before 4.46 nobody knows how many tokens an accumulated batch will have: keep the gradient the mean over the
-        # tokens so far. The Trainer divides by the number of accumulation steps, which is undone in the share.
+        # Before 4.46, the number of tokens in an accumulated batch is not known in advance: keep the gradient the mean
+        # over the tokens so far. The share also undoes the Trainer's division by the number of accumulation steps.
         counted = inputs["labels"].ne(IGNORE_INDEX).sum()
         everywhere: Any = self.accelerator.gather(counted.to(self.args.device).view(1))
         own, new = int(counted), int(everywhere.sum())
@@ -173,10 +178,10 @@ class BaftTrainer(ReftTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss; with ``return_outputs`` ``(loss, {"loss", "logits"})``. No regularisation in evaluation.
+        """The loss, or ``(loss, {"loss", "logits"})`` with ``return_outputs``. Evaluation adds no regularisation.
 
         Raises:
-            ConfigError: locations of another number of interventions than the model has.
+            ConfigError: the locations are for a different number of interventions than the model has.
         """
         training = torch.is_grad_enabled()
         with self._observed_weights(enabled=training and self.balance_coefficient > 0) as weights:
@@ -196,13 +201,13 @@ class BaftTrainer(ReftTrainer):
         count = len(self._reft.interventions)
         if locations.ndim != 3 or locations.shape[1] != count:
             raise ConfigError(
-                f"intervention_locations are {tuple(locations.shape)}, and the model has {count} interventions: they must "
-                f"be (batch, {count}, positions); give num_interventions={count} to make_edit_data_module"
+                f"intervention_locations have shape {tuple(locations.shape)}, but the model has {count} interventions and "
+                f"needs (batch, {count}, positions); pass num_interventions={count} to make_edit_data_module"
             )
         base = {"input_ids": inputs["input_ids"], "attention_mask": mask}
-        if not mask[:, 0].all():  # left padding: a model with absolute positions must count from the text's first token
+        if not mask[:, 0].all():  # left padding: absolute positions must count from the text's first token
             base["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-        # lists, never integers: those switch pyvene to one row's positions for the whole batch, and it stays so
+        # lists, never integers: an integer makes pyvene use one row's positions for the whole batch, from then on
         where = {"sources->base": (None, locations.permute(1, 0, 2).tolist())}
         return intervenable(base, unit_locations=where, use_cache=False, **kwargs)[1]
 
@@ -224,7 +229,7 @@ class BaftTrainer(ReftTrainer):
 
     @contextlib.contextmanager
     def _observed_weights(self, *, enabled: bool) -> Iterator[dict[str, Tensor]]:
-        """Inside, the basis weights ``(B, P, r)`` of a forward pass by intervention, with their graph."""
+        """Context that records the basis weights ``(B, P, r)`` of a forward pass per intervention, with their graph."""
         seen: dict[str, Tensor] = {}
         handles = [
             module.weighting.register_forward_hook(lambda _m, _i, out, key=key: seen.update({key: out}))
@@ -238,7 +243,7 @@ class BaftTrainer(ReftTrainer):
 
     @torch.no_grad()
     def _start_weightings(self) -> None:
-        """Let networks that start from data do so: with the bank, and the training set's own representations."""
+        """Initialise the networks that start from data with the bank and the training set's representations."""
         default = WeightingNetwork.initialise
         starting = {k: m for k, m in self._maps.items() if type(m.weighting).initialise is not default}
         if not starting:
@@ -246,7 +251,7 @@ class BaftTrainer(ReftTrainer):
         seen: dict[str, list[Tensor]] = {key: [] for key in starting}
 
         def collect(module: BasisWeightedMap, key: str) -> Any:
-            # a map that gives back its input: the model runs unedited
+            # the hook returns the map's input, so the model runs unedited
             return module.register_forward_hook(lambda _m, given, _o: (seen[key].append(given[0]), given[0])[1])
 
         handles = [collect(module, key) for key, module in self._maps.items() if key in starting]
@@ -275,12 +280,12 @@ class BaftTrainer(ReftTrainer):
         return [name for name, p in model.named_parameters() if p.requires_grad and p.ndim > 1]
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = list(COLUMNS)  # pyvene's forward does not name them
+        self._signature_columns = list(COLUMNS)  # pyvene's forward does not name these columns
 
     # ------------------------------------------------------------------------------------------ saving and loading
 
     def save_model(self, output_dir: str | os.PathLike[str] | None = None, _internal_call: bool = False) -> None:
-        """Write the interventions to ``output_dir/intervenable_model``, over what is there."""
+        """Write the interventions to ``output_dir/intervenable_model``, replacing an earlier save."""
         if self.args.should_save:
             save_interventions(self._reft, Path(output_dir or str(self.args.output_dir)) / FOLDER)
 
@@ -302,7 +307,7 @@ class BaftTrainer(ReftTrainer):
 
 
 def _reporting(of_args: Any, asked: str | Sequence[str] | None) -> list[str]:
-    """The integrations to report to: those asked for, none by default."""
+    """The integrations that the user asked to report to; none by default."""
     if asked is not None:
         names: list[str] = [asked] if isinstance(asked, str) else list(asked)
         everything: list[str] = get_available_reporting_integrations()
@@ -317,10 +322,10 @@ def _reporting(of_args: Any, asked: str | Sequence[str] | None) -> list[str]:
 
 @contextlib.contextmanager
 def _safe_torch_load() -> Iterator[None]:
-    """Inside, ``torch.load`` reads tensors and numpy's generator state, whatever the caller says, and runs no code.
+    """Context in which ``torch.load`` reads only tensors and numpy's generator state, and never runs code.
 
-    The Trainer's optimiser, scheduler and generator files are pickles. transformers 4.45.1 reads them unrestricted on
-    torch before 2.6, and cannot read the generator state, which has a numpy array, on later ones.
+    The Trainer's optimiser, scheduler and generator files are pickles. On torch before 2.6, transformers 4.45.1 reads
+    them without restriction. On later versions, it cannot read the generator state, which contains a numpy array.
     """
     core = np.core if np.__version__.startswith("1.") else np._core  # pyright: ignore[reportAttributeAccessIssue]
     numpy_types = [core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]  # pyright: ignore[reportAttributeAccessIssue]

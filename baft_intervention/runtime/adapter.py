@@ -1,9 +1,9 @@
-"""Trained edits on a model: attached by hooks, saved as safetensors and JSON.
+"""Trained edits of a model, applied by hooks and saved as safetensors and JSON.
 
-An adapter directory holds ``adapter.safetensors`` (the edits' tensors, stacked over edits, and what they share) and
+An adapter directory holds ``adapter.safetensors`` (the edits' tensors, stacked over edits, and their shared tensors) and
 ``adapter.json`` (schema, base model, settings, the list of edits, and the digest of the tensor file). It is written
-beside its place, synced, and renamed. Loading never unpickles and never runs code: every name, shape and dtype is
-checked against the settings before anything is used.
+under a temporary name, synced and renamed. Loading never unpickles and never runs code: it checks every name, shape
+and dtype against the settings before it uses anything.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class Edit:
     """One committed edit.
 
     Args:
-        id: name in the adapter; the request's own, or the first request's of a joint group.
-        requests: what was asked, without probes.
+        id: name in the adapter: the id of its request, or of the first request of a joint group.
+        requests: the edited requests, without probes.
         tensors: ``layer -> {name: tensor}``, fp32 on the CPU.
-        used: ``layer -> (r,)`` use of the bases.
-        loss: mean cross entropy over target tokens at the end (nats).
-        steps, seconds: of training; a loaded edit has taken 0 seconds.
-        reached: whether every target token is the edited model's argmax after its prompt.
+        used: ``layer -> (r,)`` how much the edit uses each basis.
+        loss: mean cross-entropy over target tokens after training (nats).
+        steps, seconds: length of the training; ``seconds`` is 0 for a loaded edit.
+        reached: whether every target token is the edited model's argmax at its position.
     """
 
     id: str
@@ -56,7 +56,7 @@ class Edit:
     reached: bool
 
     def summary(self) -> dict[str, Any]:
-        """What ``adapter.json`` says about the edit: no times, so that the same edits give the same bytes."""
+        """The edit's entry in ``adapter.json``; it has no times, so the same edits give the same bytes."""
         requests = [dataclasses.replace(r, probes=()).to_dict() for r in self.requests]
         return {
             "id": self.id, "requests": requests, "loss": self.loss, "steps": self.steps, "reached": self.reached,
@@ -64,11 +64,11 @@ class Edit:
 
 
 class _Switch(threading.local):
-    """Whether the edits act, for each thread."""
+    """Whether the edits are active, per thread."""
 
     on = True
 
-    def __reduce__(self) -> tuple[type[_Switch], tuple[()]]:  # a deep copy starts anew
+    def __reduce__(self) -> tuple[type[_Switch], tuple[()]]:  # a deep copy starts with active edits
         return _Switch, ()
 
 
@@ -76,13 +76,13 @@ class BaftAdapter:
     """The edits of one model, attached to it or not.
 
     Args:
-        model: the base model; only hooks are added to it, its weights stay as they are.
-        tokenizer: finds subjects in ids, for the subject positions.
-        config: settings that all edits share.
+        model: the base model; it only receives hooks, and its weights stay unchanged.
+        tokenizer: finds subjects in token ids, for the subject positions.
+        config: the settings that all edits share.
 
     Attributes:
-        layers: edited blocks, 0-based, ascending.
-        edits: the committed edits in order.
+        layers: indices of the edited blocks, 0-based, ascending.
+        edits: the committed edits, oldest first.
         shared: ``layer -> {name: tensor}``, the weighting's shared state.
     """
 
@@ -91,7 +91,7 @@ class BaftAdapter:
         self.blocks = find_blocks(model)
         self.layers = config.resolved_layers(len(self.blocks))
         network = make_weighting(config.weighting, 2, 1, **config.weighting_options)
-        # the block at which the network looks for the subject; None for a network that does not
+        # the block whose output the network searches for the subject; None if it searches none
         self.read_layer = network.read_layer(self.layers, len(self.blocks)) if network.reads_subject else None
         self.embed_dim = hidden_size(model)
         if config.rank > self.embed_dim:
@@ -99,14 +99,14 @@ class BaftAdapter:
                 f"rank is {config.rank}, but the model's hidden size is {self.embed_dim}; lower the rank"
             )
         self._edits: dict[str, Edit] = {}
-        self._of_prompt: dict[str, list[str]] = {}  # prompt -> ids of the edits that ask it
+        self._of_prompt: dict[str, list[str]] = {}  # prompt -> ids of its edits
         self.shared: dict[int, dict[str, Tensor]] = {layer: {} for layer in self.layers}
         self._tracker = CallTracker(model)
         self._handles: list[Any] = []
         self._switch = _Switch()
         self._stacks: dict[tuple[int, torch.device], EditStack] = {}
-        self._used: dict[int, Tensor] | None = None  # the sums of used(), once they are asked for
-        self._subjects: IdSequences | None = None  # the edits' subjects, once they are looked for
+        self._used: dict[int, Tensor] | None = None  # the sums of used(), once computed
+        self._subjects: IdSequences | None = None  # the edits' subjects, once collected
 
     # ------------------------------------------------------------------------------------------ edits
 
@@ -118,24 +118,24 @@ class BaftAdapter:
         return len(self._edits)
 
     def find(self, edit_id: str) -> Edit | None:
-        """The edit of this id, or None."""
+        """The edit with this id, or None."""
         return self._edits.get(edit_id)
 
     def asking(self, prompts: Iterable[str]) -> list[Edit]:
-        """Edits that ask any of the prompts, in the prompts' order."""
+        """The edits of any of these prompts, in the prompts' order."""
         ids = dict.fromkeys(name for prompt in prompts for name in self._of_prompt.get(prompt, ()))
         return [self._edits[name] for name in ids]
 
     def add(self, edit: Edit) -> None:
-        """Put an edit behind the others, in a time that does not depend on how many there are.
+        """Append an edit, in time independent of the number of edits.
 
         Raises:
-            AdapterError: another edit has its id.
+            AdapterError: another edit has the same id.
         """
         self.extend([edit])
 
     def remove(self, edit_id: str) -> Edit:
-        """Take an edit out; what is left is what would be there had it never been.
+        """Remove an edit; the adapter is then as if the edit had never been added.
 
         Raises:
             AdapterError: no edit has this id.
@@ -160,10 +160,10 @@ class BaftAdapter:
         return edit
 
     def set_edits(self, edits: Sequence[Edit]) -> None:
-        """Replace the list of edits, at once or not at all.
+        """Replace all edits; on an error, change nothing.
 
         Raises:
-            AdapterError: two edits have one id.
+            AdapterError: two edits have the same id.
         """
         before = self._edits, self._of_prompt, self._stacks, self._used, self._subjects
         self._edits, self._of_prompt, self._stacks = {}, {}, {}
@@ -175,7 +175,7 @@ class BaftAdapter:
             raise
 
     def extend(self, edits: Sequence[Edit]) -> None:
-        """Put several edits behind the others, all or none; errors as :meth:`add`."""
+        """Append several edits, all or none; raises what :meth:`add` raises."""
         new: set[str] = set()
         for edit in edits:
             if edit.id in self._edits or edit.id in new:
@@ -194,7 +194,7 @@ class BaftAdapter:
                     self._subjects.add(sequence)
 
     def subjects(self) -> IdSequences | None:
-        """The edits' subjects as token ids, where the position rule asks for subjects; collected at the first call."""
+        """Token ids of the edits' subjects if the position rule needs them, else None; collected at the first call."""
         if self._subjects is None and self.config.rule.needs_subject:
             self._subjects = IdSequences(ids for edit in self._edits.values() for ids in self._names(edit))
         return self._subjects
@@ -204,11 +204,11 @@ class BaftAdapter:
 
     @property
     def routed(self) -> bool:
-        """Whether the edits compete, one acting at each position, or add up."""
+        """Whether the edits compete, so that one acts at each position; otherwise they add up."""
         return weighting_class(self.config.weighting).routed
 
     def network(self, layer: int) -> WeightingNetwork:
-        """The weighting network's structure with the layer's shared state."""
+        """A weighting network with the layer's shared state, and no edit's own parameters."""
         network = make_weighting(
             self.config.weighting, self.embed_dim, self.config.rank, **self.config.weighting_options
         )
@@ -217,14 +217,14 @@ class BaftAdapter:
         return network.requires_grad_(False)
 
     def used(self) -> dict[int, Tensor]:
-        """``layer -> (r,)`` use of the bases by all edits."""
+        """``layer -> (r,)`` how much all edits together use each basis."""
         if self._used is None:
             zero = torch.zeros(self.config.rank)
             self._used = {layer: sum((e.used[layer] for e in self._edits.values()), zero) for layer in self.layers}
         return self._used
 
     def stack(self, layer: int, device: torch.device) -> EditStack:
-        """The layer's edits on a device; built at first use, and kept up to date from then on."""
+        """The layer's edits on a device; built at first use and then kept up to date."""
         key = (layer, device)
         if key not in self._stacks:
             edits = [edit.tensors[layer] for edit in self._edits.values()]
@@ -232,19 +232,19 @@ class BaftAdapter:
         return self._stacks[key]
 
     def num_stored(self) -> int:
-        """Numbers kept for the edits, trained or not (what they share is not counted)."""
+        """How many numbers are stored for the edits, trained or not; shared tensors are not counted."""
         first = next(iter(self._edits.values()), None)  # all edits of an adapter have the same shapes
         return (
             0 if first is None else len(self) * sum(t.numel() for own in first.tensors.values() for t in own.values())
         )
 
     def stored_bytes(self) -> int:
-        """Bytes of :meth:`state`: the edits' tensors, their use of the bases, and what they share; all fp32."""
+        """Size of :meth:`state` in bytes: the edits' tensors, their use of the bases, and shared tensors; all fp32."""
         shared = sum(t.numel() for own in self.shared.values() for t in own.values())
         return 4 * (self.num_stored() + len(self) * len(self.layers) * self.config.rank + shared)
 
     def trained_parameters(self) -> int:
-        """Numbers that training changes for one edit: the map's and the weighting network's parameters on all layers."""
+        """Number of trained parameters of one edit: those of the map and the weighting network, on all layers."""
         network = self.network(self.layers[0])
         own = sum(p.numel() for n, p in network.named_parameters() if not is_shared(network, n))
         return len(self.layers) * (self.config.rank * (2 * self.embed_dim + 1) + own)
@@ -256,18 +256,18 @@ class BaftAdapter:
         return bool(self._handles)
 
     def attach(self) -> None:
-        """Put the hooks on the model; does nothing where they are."""
+        """Put the hooks on the model; do nothing if they are already there."""
         if self._handles:
             return
         self._tracker.attach()
         self._handles = []
-        if self.read_layer is not None:  # first, so that a block that is read and edited is read unedited
+        if self.read_layer is not None:  # first, so that a block that is both read and edited is read before its edit
             self._handles.append(hook_block(self.blocks[self.read_layer], self._read))
         for layer in self.layers:
             self._handles.append(hook_block(self.blocks[layer], lambda h, layer=layer: self._change(layer, h)))
 
     def detach(self) -> None:
-        """Take this adapter's hooks off, and no other's; the model is as before."""
+        """Remove this adapter's hooks and no others; the model is then as before."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -275,7 +275,7 @@ class BaftAdapter:
 
     @contextlib.contextmanager
     def enabled(self, value: bool = True) -> Iterator[None]:
-        """Inside, the edits act (True) or do not (False) in this thread; other threads are not affected."""
+        """Context in which the edits are active (True) or inactive (False) in this thread; other threads are unaffected."""
         before, self._switch.on = self._switch.on, value
         try:
             yield
@@ -283,16 +283,16 @@ class BaftAdapter:
             self._switch.on = before
 
     def prompts(self, lengths: Sequence[int]) -> contextlib.AbstractContextManager[None]:
-        """Inside, row i of a batch begins with a prompt of ``lengths[i]`` tokens; what follows is its answer.
+        """Context in which row i of a batch is a prompt of ``lengths[i]`` tokens followed by its answer.
 
-        Needed where prompt and answer are fed together (teacher forcing) or without a cache: the edit sits on the
-        prompt. Rows that beams or return sequences repeat are understood. Without it a call that finds no cached
-        tokens is taken to be all prompt.
+        An edit acts on the prompt, so this is needed if prompt and answer are fed together (teacher forcing) or without
+        a cache. It also handles rows that beams or return sequences repeat. Outside this context, a call without cached
+        tokens counts as all prompt.
         """
         return self._tracker.prompts(lengths)
 
     def _read(self, hidden: Tensor) -> None:
-        """Keep, for each edit and row, how surely the prompt names the edit's subject: its best token's subject score."""
+        """Store, for each edit and row, the highest subject score of a prompt token: how surely the prompt names the subject."""
         if not self._switch.on or not self._edits:
             return
         call = self._tracker.current()
@@ -325,7 +325,7 @@ class BaftAdapter:
     # ------------------------------------------------------------------------------------------ tensors on disk
 
     def state(self) -> dict[str, Tensor]:
-        """All tensors under their names on disk: ``layers.<n>.edits.<name> (E, ...)``, ``layers.<n>.shared.<name>``."""
+        """All tensors under their names on disk: ``layers.<n>.edits.<name> (E, ...)`` and ``layers.<n>.shared.<name>``."""
         state = edits_state(self.edits)
         for layer in self.layers:
             for name, tensor in self.shared[layer].items():
@@ -333,10 +333,10 @@ class BaftAdapter:
         return {name: tensor.contiguous().cpu() for name, tensor in state.items()}
 
     def load_state(self, state: Mapping[str, Tensor], edits: Sequence[Mapping[str, Any]], where: str = "") -> None:
-        """Take edits from :meth:`state`'s tensors and their summaries, after every check; nothing is kept on an error.
+        """Load edits from the tensors of :meth:`state` and the edits' summaries; on an error, change nothing.
 
         Raises:
-            AdapterError: a tensor that is missing, unknown, of another shape or dtype, or not finite.
+            AdapterError: a tensor is missing, unknown, of another shape or dtype, or not finite.
         """
         shared, loaded = self.read_state(state, edits, where)
         before = self.shared
@@ -350,16 +350,16 @@ class BaftAdapter:
             raise AdapterError(f"{where}{error}") from None
 
     def _why_other(self, name: str) -> str:
-        """What is probably the matter with an adapter that has other tensors than ours."""
+        """The probable reason why an adapter does not have the expected tensors."""
         if ".shared." not in name and ".weighting." not in name:
-            return "the adapter is damaged or of other settings"
+            return "the adapter is damaged or has other settings"
         return (
-            f"the adapter has another form of the gate {self.config.weighting!r} than this version; "
-            f"{_MEND.format(made='the version that made it')}"
+            f"the adapter's gate {self.config.weighting!r} has another form than this version's; "
+            f"{_RELOAD_HINT.format(made='the version that made it')}"
         )
 
     def _try_network(self, layer: int) -> None:
-        """Let the layer's network read something, so that shared tensors that do not fit together fail now, not in use."""
+        """Run the layer's network once, so that shared tensors that do not fit together fail now rather than in use."""
         network, h = self.network(layer), torch.zeros(1, self.embed_dim)
         with torch.no_grad():
             network(h)
@@ -371,7 +371,7 @@ class BaftAdapter:
     def read_state(
         self, state: Mapping[str, Tensor], edits: Sequence[Mapping[str, Any]], where: str = ""
     ) -> tuple[dict[int, dict[str, Tensor]], list[Edit]]:
-        """``(shared, edits)`` of :meth:`state`'s tensors and their summaries; this adapter stays as it is.
+        """``(shared, edits)`` from the tensors of :meth:`state` and the edits' summaries; this adapter does not change.
 
         Raises:
             AdapterError: as :meth:`load_state`.
@@ -383,7 +383,7 @@ class BaftAdapter:
             )
             for name, tensor in network.state_dict().items():
                 if is_shared(network, name):
-                    # a dimension of 0 is data (directions of a whitening, relations of a dictionary)
+                    # a dimension of 0 depends on data (directions of a whitening, relations of a dictionary)
                     expected[f"layers.{layer}.shared.{name}"] = tuple(n or None for n in tensor.shape)
                 elif edits:
                     expected[f"layers.{layer}.edits.weighting.{name}"] = (len(edits), *tensor.shape)
@@ -421,31 +421,31 @@ class BaftAdapter:
 
 
 def check_layout(description: Mapping[str, Any], weighting: str, where: str) -> None:
-    """Whether the gate's tensors have the form that this version reads; an adapter of before the field was is let through.
+    """Check that this version can read the form of the gate's tensors; adapters older than this field pass.
 
     Raises:
-        AdapterError: another form; the message says which, which is needed, and what to do.
+        AdapterError: the form differs; the message names both forms and says what to do.
     """
     found, needed = description.get("weighting_layout"), weighting_class(weighting).layout
     if found is not None and found != needed:
         raise AdapterError(
-            f"{where}the adapter has layout {found!r} of the gate {weighting!r}, and this version reads layout {needed}; "
-            f"{_MEND.format(made=made_by(description))}"
+            f"{where}the adapter has layout {found!r} of the gate {weighting!r}, but this version reads layout {needed}; "
+            f"{_RELOAD_HINT.format(made=made_by(description))}"
         )
 
 
 def made_by(description: Mapping[str, Any]) -> str:
-    """The version that wrote an adapter, in words."""
+    """The name of the version that wrote an adapter."""
     versions = description.get("versions")
     found = versions.get("baft_intervention") if isinstance(versions, Mapping) else None
     return f"baft_intervention {found}" if found else "the version that made it"
 
 
-_MEND = "load it with {made}, or edit anew: its requests are in adapter.json under edits"
+_RELOAD_HINT = "load it with {made}, or edit again: its requests are in adapter.json under edits"
 
 
 def edits_state(edits: Sequence[Edit]) -> dict[str, Tensor]:
-    """The tensors of E edits under their names on disk: ``layers.<n>.edits.<name> (E, ...)``; none without edits."""
+    """The tensors of E edits under their names on disk, ``layers.<n>.edits.<name> (E, ...)``; empty without edits."""
     state = {}
     for layer in edits[0].tensors if edits else ():
         for name in edits[0].tensors[layer]:
@@ -458,7 +458,7 @@ def _edit_from(summary: Mapping[str, Any], tensors: dict, used: dict, where: str
     try:
         requests = tuple(EditRequest.from_dict(r) for r in summary["requests"])
         if not requests:
-            raise AdapterError(f"{where}no request")
+            raise AdapterError(f"{where}the edit has no requests")
         return Edit(
             str(summary["id"]), requests, tensors, used, float(summary["loss"]), int(summary["steps"]), 0.0,
             bool(summary["reached"]),

@@ -1,4 +1,4 @@
-"""Text from an edited model: prompts and conversations in, answers out."""
+"""Text generation with an edited model, from prompts or conversations."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Prompts = str | Sequence[str | Mapping[str, str]] | Sequence[Sequence[Mapping[st
 def generate_texts(
     adapter: BaftAdapter, prompts: Prompts, *, max_new_tokens: int, batch_size: int, **options: Any
 ) -> Any:
-    """What the adapter's model writes after each prompt, the edits at the end of each; see :meth:`BaftEditor.generate`.
+    """The model's continuation of each prompt, with the adapter's edits active; see :meth:`BaftEditor.generate`.
 
     Raises:
-        RequestError: a prompt that the tokenizer makes no token of, or that is too long for the model.
+        RequestError: a prompt has no tokens or is too long for the model.
     """
     model: Any = adapter.model
     tokenizer = adapter.tokenizer
@@ -31,7 +31,7 @@ def generate_texts(
     items: list[Any] = [prompts] if single else list(prompts)
     texts = [item if isinstance(item, str) else render_chat(tokenizer, item) for item in items]
     options = {"do_sample": False, **options}
-    if not options["do_sample"]:  # a model's own sampling settings only draw warnings in greedy search
+    if not options["do_sample"]:  # a model's own sampling settings only cause warnings in greedy search
         options = {"temperature": None, "top_p": None, "top_k": None, **options}
     several = options.get("num_return_sequences") or 1
     answers: list[Any] = []

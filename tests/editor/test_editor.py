@@ -347,18 +347,18 @@ def test_an_edit_that_does_not_get_there_says_so(tiny_llama, tokenizer, caplog):
     report = editor.edit(FRANCE)
     assert not report.edits[0].reached
     assert "edit 'france'" in caplog.text
-    assert "does not give the whole target" in caplog.text
+    assert "does not produce the whole target" in caplog.text
     assert caplog.text.rstrip().endswith("raise steps or rank")
 
 
 def test_a_long_target_that_is_not_reached_is_told_of_a_lower_block(tiny_llama, tokenizer, caplog):
     long = dataclasses.replace(FRANCE, target_new=" ".join(["Japan"] * 20))
     # 6 blocks, the default is block 5
-    for layers, mend in ((None, "edit a lower block, layers=(4,)"), ((4,), "raise steps or rank")):
+    for layers, hint in ((None, "edit a lower block, layers=(4,)"), ((4,), "raise steps or rank")):
         caplog.clear()
         editor = tiny_editor(tiny_model(layers=6), tokenizer, steps=1, learning_rate=1e-6, layers=layers)
         assert not editor.edit(long).edits[0].reached
-        assert mend in caplog.text
+        assert hint in caplog.text
 
 
 def test_settings_of_an_adapter_cannot_be_overridden(editor, tmp_path):

@@ -181,7 +181,7 @@ def test_arguments_that_do_not_do_are_named(options: dict[str, Any], match: str)
 
 
 def test_subspaces_are_refused() -> None:
-    with pytest.raises(ConfigError, match="takes no subspaces"):
+    with pytest.raises(ConfigError, match="has no subspaces"):
         make()(torch.randn(1, 1, D), subspaces=[[0, 1]])
     assert make()(torch.randn(1, 1, D), subspaces=[None]).shape == (1, 1, D)
 

@@ -261,11 +261,11 @@ SPOILED = {
     ),
     "a gate of another form": (
         _describe(_rename_gate, seal=True),
-        "is missing; the adapter has another form of the gate 'subject_relation'.*edit anew: its requests are in adapter.json",
+        "is missing; the adapter's gate 'subject_relation' has another form.*edit again: its requests are in adapter.json",
     ),
     "another layout of the gate": (
         _set("weighting_layout", 99),
-        "has layout 99 of the gate 'subject_relation', and this version reads layout 3; load it with baft_intervention 0.1.0",
+        "has layout 99 of the gate 'subject_relation', but this version reads layout 3; load it with baft_intervention 0.1.0",
     ),
     "other layers": (_set("layers", [1]), "layers are .1., the settings say .3."),
     "an edit without requests": (_set("edits", [{}, {}]), r"edits\[0\]: "),

@@ -204,7 +204,7 @@ def test_an_editor_with_edits_takes_an_empty_folder_and_no_other(tmp_path, three
         editor.keep_in(three)
     editor.keep_in(tmp_path / "a")
     assert ids(tmp_path / "a") == ["france"]
-    with pytest.raises(StoreError, match="are kept in .*a already"):
+    with pytest.raises(StoreError, match="are already kept in .*a;"):
         editor.keep_in(tmp_path / "b")
     editor.close()
     assert names(tmp_path / "a") == SEALED
