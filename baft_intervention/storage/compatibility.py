@@ -1,4 +1,4 @@
-"""Whether a saved adapter fits the model and the settings at hand."""
+"""Checks that a saved adapter fits the model and settings of an editor."""
 
 from __future__ import annotations
 
@@ -11,38 +11,46 @@ from ..models.fingerprint import config_hash, model_fingerprint
 from ..runtime.adapter import BaftAdapter, check_layout
 
 
-def check_base(description: Mapping[str, Any], adapter: BaftAdapter, where: str) -> None:
-    """Check that saved edits are of the adapter's model, gate layout and layers.
+def check_base(description: Mapping[str, Any], adapter: BaftAdapter, source: str) -> None:
+    """Check that saved edits belong to the adapter's base model, gate layout and layers.
 
     Args:
-        description: content of ``adapter.json``.
-        where: prefix of messages.
+        description: contents of ``adapter.json``.
+        adapter: the adapter that is to receive the edits.
+        source: prefix of error messages.
 
     Raises:
-        AdapterError: the first difference; the message says what was found and what is needed.
+        AdapterError: they differ; the message gives both values of the first difference.
     """
-    check_layout(description, adapter.config.weighting, where)
+    check_layout(description, adapter.config.weighting, source)
     base = description["base_model"]
-    for what, here in (("config_hash", config_hash(adapter.model)), ("fingerprint", model_fingerprint(adapter.model))):
-        if base.get(what) != here:
-            reason = "architecture" if what == "config_hash" else "weights"
+    for name, here in (("config_hash", config_hash(adapter.model)), ("fingerprint", model_fingerprint(adapter.model))):
+        if base.get(name) != here:
+            reason = "architecture differs" if name == "config_hash" else "weights differ"
             raise AdapterError(
-                f"{where}the adapter was made for {base.get('name')!r} ({base.get('dtype')}), and this model's "
-                f"{reason} are not the same ({what} {str(base.get(what))[:12]} against {here[:12]}); nothing was loaded"
+                f"{source}the adapter was made for {base.get('name')!r} ({base.get('dtype')}), but this model's {reason} "
+                f"({name} {str(base.get(name))[:12]} in the adapter, {here[:12]} here); nothing was loaded"
             )
     if list(description["layers"]) != list(adapter.layers):
-        raise AdapterError(f"{where}layers are {description['layers']}, the settings say {list(adapter.layers)}")
+        raise AdapterError(
+            f"{source}the adapter edits layers {description['layers']}, but the settings say {list(adapter.layers)}"
+        )
 
 
-def check_settings(theirs: BaftConfig, ours: BaftConfig, where: str) -> None:
-    """Check that a saved adapter's tensors mean the same under our settings (:meth:`BaftConfig.identity_fields`).
+def check_settings(theirs: BaftConfig, ours: BaftConfig, source: str) -> None:
+    """Check that two configs agree on every setting that gives the tensors their meaning.
+
+    Args:
+        theirs: settings of the saved adapter.
+        ours: settings of this editor.
+        source: prefix of error messages.
 
     Raises:
-        AdapterError: the first setting that differs.
+        AdapterError: a setting of :meth:`BaftConfig.identity_fields` differs; the message names the first one.
     """
     for name in BaftConfig.identity_fields():
         if getattr(theirs, name) != getattr(ours, name):
             raise AdapterError(
-                f"{where}: the adapter has {name} = {getattr(theirs, name)!r}, this editor {getattr(ours, name)!r}; "
+                f"{source}: the adapter has {name} = {getattr(theirs, name)!r}, but this editor has {getattr(ours, name)!r}; "
                 "load it with BaftEditor.from_pretrained"
             )

@@ -1,26 +1,26 @@
-"""The log of an adapter folder: what was committed since the snapshot, one record after another.
+"""The log of an adapter folder: the changes committed since the snapshot, one record each.
 
-``adapter.log`` is only ever written at its end. A record is a header and a payload:
+``adapter.log`` is append-only. A record is a header and a payload:
 
 =========  ======  =======================================================================================
-bytes      type    what
+bytes      type    content
 =========  ======  =======================================================================================
-4          bytes   ``BaFT``, by which the next record is found again behind a damaged one
-8          uint64  number of the record, from 0
+4          bytes   ``BaFT``; a reader searches for it to find the next record after a damaged one
+8          uint64  number of the record, counted from 0
 8          uint64  length of the payload in bytes
 32         bytes   sha256 of the payload
 4          uint32  crc32 of the 52 bytes above
 ...        bytes   the payload: safetensors, with JSON under ``change`` in its metadata
 =========  ======  =======================================================================================
 
-(integers are little-endian). A change is one of
+Integers are little-endian. A change has one of two forms:
 
-- ``{"snapshot": seal}``: what the log says up to here is contained in the snapshot of this seal. Record 0 is of this kind;
-- ``{"remove": [id, ...], "add": [summary, ...]}``: edits taken out, then edits put in; these have their tensors in the payload,
-  stacked as in a snapshot. One record holds or does not: an edit and what it supersedes change together.
+- ``{"snapshot": seal}``: the snapshot with this seal contains every change before this record. Record 0 has this form.
+- ``{"remove": [id, ...], "add": [summary, ...]}``: remove edits, then add edits. The payload holds the tensors of the added
+  edits, stacked as in a snapshot. A record applies as a whole, so an edit and the one that it replaces change together.
 
-A record that is cut off at the end of the file was never committed, and is left out with a warning. Anything else that does not
-fit its checksums is damage: it is never loaded, and never skipped unless somebody asks for what is whole.
+A record cut off at the end of the file was never committed; readers drop it with a warning. Any other record that does not
+match its checksums is damaged. Readers refuse a damaged log, and skip damaged records only in recovery.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ HEADER_BYTES = _HEADER.size + _CRC.size
 
 
 @dataclass(frozen=True)
-class Record:
-    """A whole record.
+class LogRecord:
+    """One intact record of a log.
 
     Args:
-        number: from 0.
-        offset: where it begins in the file, in bytes.
-        change: what it says, see the module.
-        tensors: of the edits that it adds, ``name -> (E, ...)``.
+        number: position in the log, counted from 0.
+        offset: first byte of the record in the file.
+        change: the change that it commits; the module describes both forms.
+        tensors: tensors of the edits that it adds, ``name -> (E, ...)``.
     """
 
     number: int
@@ -63,42 +63,42 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What is in a log.
+class LogContents:
+    """Everything that a log holds: intact records, a cut-off end and damage.
 
     Args:
-        records: the whole ones, in order.
-        end: where the last whole record ends, in bytes.
-        tail: what was cut off at the end, for people; empty where nothing was.
-        damage: what does not fit its checksums, for people, each with its offset.
+        records: the intact records, in order.
+        end: number of bytes up to the end of the last intact record.
+        tail: message about a record that is cut off at the end; empty if there is none.
+        damage: one message for each damaged or missing stretch, with its offset.
     """
 
-    records: tuple[Record, ...]
+    records: tuple[LogRecord, ...]
     end: int
     tail: str
     damage: tuple[str, ...]
 
 
 def encode(number: int, change: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
-    """One record."""
+    """The bytes of one record."""
     payload = save_tensors(dict(tensors), metadata={"change": json.dumps(change, sort_keys=True)})
     header = _HEADER.pack(_MARK, number, len(payload), hashlib.sha256(payload).digest())
     return header + _CRC.pack(zlib.crc32(header)) + payload
 
 
-def read_log(path: Path) -> Reading:
-    """Read a log and check every record; a missing file is an empty log.
+def read_log(path: Path) -> LogContents:
+    """Read a log and check every record. A missing file counts as an empty log.
 
     Raises:
         OSError: the file cannot be read.
     """
-    records: list[Record] = []
+    records: list[LogRecord] = []
     damage: list[str] = []
     tail, end = "", 0
     try:
         file = path.open("rb")
     except FileNotFoundError:
-        return Reading((), 0, "", ())
+        return LogContents((), 0, "", ())
     with file:
         offset = expected = 0
         while True:
@@ -113,67 +113,67 @@ def read_log(path: Path) -> Reading:
                 damage.append(f"record {expected}, from byte {offset} to {until}, is damaged ({reason})")
                 if following is None:
                     break
-                offset, expected = following, -1  # more than one record may be gone
+                offset, expected = following, -1  # several records may be lost
                 continue
             if found is None:
                 break
             record, offset = found
             if record.number != expected >= 0:
-                damage.append(f"record {expected} is not there: record {record.number} stands at byte {record.offset}")
+                damage.append(f"record {expected} is missing: byte {record.offset} holds record {record.number}")
             records.append(record)
             expected, end = record.number + 1, offset
-    return Reading(tuple(records), end, tail, tuple(damage))
+    return LogContents(tuple(records), end, tail, tuple(damage))
 
 
 class _Cut(Exception):
-    """The file ends before the record does."""
+    """The file ends inside a record."""
 
 
 class _Damage(Exception):
-    """A record does not fit its checksums."""
+    """A record does not match its checksums or its format."""
 
 
-def _read_record(file: BinaryIO, offset: int) -> tuple[Record, int] | None:
-    """The record at ``offset`` and where the next one begins; None at the end of the file."""
+def _read_record(file: BinaryIO, offset: int) -> tuple[LogRecord, int] | None:
+    """The record at ``offset`` and the offset of the next one; None at the end of the file."""
     left = file.seek(0, 2) - offset
     file.seek(offset)
     head = file.read(HEADER_BYTES)
     if not head:
         return None
     if len(head) < HEADER_BYTES:
-        raise _Cut(f"{left} bytes of its header are there")
+        raise _Cut(f"only {left} bytes of its header were written")
     mark, number, length, digest = _HEADER.unpack_from(head)
-    if mark != _MARK or not _fits(head):
-        if not any(head) and not any(file.read()):  # a power cut can leave zeros where a file had grown
-            raise _Cut("nothing but zeros is there")
-        raise _Damage("its header does not fit its checksum")
+    if mark != _MARK or not _crc_matches(head):
+        if not any(head) and not any(file.read()):  # a power cut can leave zeros at the end of a growing file
+            raise _Cut("only zeros were written")
+        raise _Damage("its header does not match its checksum")
     if left < HEADER_BYTES + length:
-        raise _Cut(f"{left} of {HEADER_BYTES + length} bytes are there")
+        raise _Cut(f"{left} of {HEADER_BYTES + length} bytes were written")
     payload = file.read(length)
     if hashlib.sha256(payload).digest() != digest:
-        raise _Damage("its content does not fit its checksum")
+        raise _Damage("its payload does not match its checksum")
     try:
         header = json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
         change = json.loads(header["__metadata__"]["change"])
         if not isinstance(change, dict):
-            raise ValueError("no object")
-        return Record(number, offset, change, load_tensors(payload)), offset + HEADER_BYTES + length
+            raise ValueError("not a JSON object")
+        return LogRecord(number, offset, change, load_tensors(payload)), offset + HEADER_BYTES + length
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _Damage(f"its content is no change of an adapter: {error!r}") from None
+        raise _Damage(f"its payload is not a change of an adapter: {error!r}") from None
 
 
-def _fits(head: bytes) -> bool:
+def _crc_matches(head: bytes) -> bool:
     return _CRC.unpack_from(head, _HEADER.size)[0] == zlib.crc32(head[: _HEADER.size])
 
 
 def _next_record(file: BinaryIO, offset: int) -> int | None:
-    """Where the next header that fits its checksum begins, at or behind ``offset``."""
+    """Offset of the next header that matches its checksum, at or after ``offset``; None if there is none."""
     file.seek(offset)
     rest = file.read()
     at = rest.find(_MARK)
     while at >= 0:
         head = rest[at : at + HEADER_BYTES]
-        if len(head) == HEADER_BYTES and _fits(head):
+        if len(head) == HEADER_BYTES and _crc_matches(head):
             return offset + at
         at = rest.find(_MARK, at + 1)
     return None

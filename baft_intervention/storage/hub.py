@@ -1,7 +1,7 @@
-"""Adapters on the Hugging Face hub: pushed with a model card, fetched by their id.
+"""Adapters on the Hugging Face hub: push one with a model card, fetch one by its id.
 
-Everything goes through ``huggingface_hub``'s own API: tokens, caching, endpoints (``HF_ENDPOINT``) and offline mode are its
-matter. What is fetched is read by the same checks as a local folder; nothing of a repository is run.
+``huggingface_hub`` does the transfer, and handles tokens, caching, endpoints (``HF_ENDPOINT``) and offline mode. A fetched
+adapter passes the same checks as a local folder. No code from a repository is run.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ..requests import EditRequest
 from .exchange import DESCRIPTION, LOG, TENSORS
 
 CARD = "README.md"
-_SHOWN = 20  # edits that a card lists one by one
-_HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # of the built-in models
+_SHOWN = 20  # how many edits a card lists one by one
+_HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # hub ids of the built-in models
 
 
 def is_repo_id(name: str) -> bool:
-    """Whether ``name`` may be a repository, ``user/name``, and is no path that exists here."""
+    """Whether ``name`` has the form of a repository id, ``user/name``, and is not an existing path."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not Path(name).exists()
 
 
@@ -37,26 +37,26 @@ def _api() -> Any:
 
 @contextlib.contextmanager
 def fetched_adapter(repo_id: str, *, revision: str | None = None) -> Iterator[Path | None]:
-    """A folder with the adapter of a repository, as long as the block runs; None where the repository holds none.
+    """Context manager that gives a temporary folder with a repository's adapter, or None if it holds no adapter.
 
-    The hub's cache is made of links, which an adapter folder may not have: the files are copied out of it.
+    The files are copied out of the hub's cache, because the cache consists of links and an adapter folder may not contain any.
 
     Raises:
         AdapterError: the repository has an ``adapter.json``, but its tensors cannot be fetched.
     """
     api = _api()
-    # without a network only the cache is asked: each download would retry for half a minute
+    # without a network, look in the cache only: each download would retry for half a minute
     options = {"revision": revision, "local_files_only": not hub_answers(repo_id, DESCRIPTION, revision)}
     try:
         found = {DESCRIPTION: api.hf_hub_download(repo_id, DESCRIPTION, **options)}
-    except (OSError, ValueError):  # the hub's own errors: no such file, no such repository, not in the cache
+    except (OSError, ValueError):  # the hub's errors: no such file, no such repository, not in the cache
         yield None
         return
     try:
         found[TENSORS] = api.hf_hub_download(repo_id, TENSORS, **options)
     except (OSError, ValueError) as error:
         raise AdapterError(f"{repo_id}: {TENSORS} cannot be fetched: {_first_line(error)}") from error
-    with contextlib.suppress(OSError, ValueError):  # there only if the folder was uploaded while in use by an editor
+    with contextlib.suppress(OSError, ValueError):  # there is a log only if an editor had the folder open at upload
         found[LOG] = api.hf_hub_download(repo_id, LOG, **options)
     with tempfile.TemporaryDirectory(prefix="baft-") as folder:
         for name, source in found.items():
@@ -76,13 +76,13 @@ def push_folder(
     revision: str | None = None,
     message: str = "Upload adapter",
 ) -> str:
-    """Upload an adapter folder with its card as one commit, into a repository that is made where there is none.
+    """Upload an adapter folder and its card as one commit; create the repository if it does not exist.
 
     Returns:
-        The commit's address.
+        URL of the commit.
 
     Raises:
-        AdapterError: the hub cannot be reached or does not let you.
+        AdapterError: the hub cannot be reached or refuses the upload.
     """
     api = _api()
     try:
@@ -91,7 +91,7 @@ def push_folder(
             repo_id=repo_id, folder_path=folder, token=token, revision=revision, commit_message=message,
             allow_patterns=[TENSORS, DESCRIPTION, CARD],
         )  # fmt: skip
-    except Exception as error:  # the errors of the HTTP client beneath differ between versions of the hub's library
+    except Exception as error:  # the HTTP client's errors differ between versions of huggingface_hub
         raise AdapterError(f"{repo_id}: the adapter cannot be pushed: {_first_line(error)}") from error
     return str(commit.commit_url)
 
@@ -108,14 +108,14 @@ def model_card(
     license: str | None = None,
     metrics: Mapping[str, float] | None = None,
 ) -> str:
-    """A model card: what was edited, of which model, how to load it, and what was measured.
+    """The text of a model card: the edits, their base model, how to load them, and measured results.
 
     Args:
-        description: of the adapter, as ``adapter.json`` holds it.
-        requests: the edits, in order.
-        repo_id: where the adapter is going to lie.
-        license: the hub's identifier of a licence; the card says so where none is given.
-        metrics: names and values that you measured, e.g. of a summary of ``baft evaluate``.
+        description: contents of ``adapter.json``.
+        requests: the requests of all edits, in order.
+        repo_id: repository that will hold the adapter.
+        license: the hub's identifier of a licence. Without one, the card says "Not stated".
+        metrics: names and values to report, e.g. from a summary of ``baft evaluate``.
     """
     from huggingface_hub import ModelCardData
 
@@ -128,15 +128,15 @@ def model_card(
         tags=["knowledge-editing", "baft", "representation-fine-tuning"], metrics=sorted(metrics) if metrics else None,
     )  # fmt: skip
     reached = sum(bool(edit["reached"]) for edit in edits)
-    shown_base = name if public else Path(name).name  # a local folder: not where it lay
+    shown_base = name if public else Path(name).name  # of a local folder, the name without its path
     lines = [
         "---", data.to_yaml(), "---", "", f"# {_plain(repo_id)}", "",
         f"{len(requests)} edited fact{'s' * (len(requests) != 1)} of `{_plain(shown_base)}`, by basis-level representation "
         "fine-tuning (BaFT, [arXiv 2503.00306](https://arxiv.org/abs/2503.00306)). The base model's weights are unchanged: the "
-        "edits are small maps on the output of one or a few of its blocks, and each can be taken back.",
+        "edits are small maps on the output of one or a few of its blocks, and each can be undone.",
         "", "## Use", "", "```python", "import baft_intervention as baft", "",
         f'editor = baft.BaftEditor.from_pretrained("{_plain(repo_id)}")', 'editor.generate("…")', "```", "",
-        "The base model must have exactly the weights that the edits were made for; others are refused.",
+        "The adapter loads only on a base model with exactly the weights that the edits were made for.",
         "", "## Edits", "", "| prompt | new answer | subject |", "|---|---|---|",
         *(f"| {_cell(r.question)} | {_cell(r.target_new)} | {_cell(r.subject or '')} |" for r in requests[:_SHOWN]),
     ]  # fmt: skip
@@ -159,11 +159,11 @@ def model_card(
 
 
 def _plain(text: str) -> str:
-    """One line without what could end a code span or a fence."""
+    """One line, without characters that could end a code span or a fence."""
     return " ".join(text.split()).replace("`", "'").replace('"', "'")
 
 
 def _cell(text: str) -> str:
-    """A table cell that stays one and is no markup."""
+    """The text of one table cell, with its markup escaped."""
     text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace("[", "\\[")
     return text.replace("|", "\\|")

@@ -1,4 +1,4 @@
-"""One writer at a time in a folder."""
+"""A lock that keeps a folder to one writer at a time."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from ..errors import StoreError
 
 try:
     import fcntl
-except ImportError:  # Windows: no lock, one writer is up to the user
+except ImportError:  # Windows: there is no lock, so the user must keep to one writer
     fcntl = None
 
 LOCK = "adapter.lock"
 
 
 class FolderLock:
-    """An exclusive lock on a folder, held until :meth:`release` or the end of the process, however that ends.
+    """An exclusive lock on a folder, held until :meth:`release` or until the process ends in any way.
 
-    The lock is the kernel's (``flock``), on a file in the folder that holds the owner's process id. The file is removed
-    before the lock is released; one that a killed process left behind is taken over.
+    It is a kernel lock (``flock``) on a file in the folder; the file holds the owner's process id. The owner removes the file
+    before it releases the lock. If a killed process left a file behind, the next owner takes it over.
 
     Args:
-        folder: it must exist.
-        name: of the lock file.
+        folder: an existing folder.
+        name: file name of the lock.
 
     Raises:
-        StoreError: another process holds the lock (its id is named), or the folder cannot be written to.
+        StoreError: another process holds the lock (the message gives its id), or the folder cannot be written to.
     """
 
     def __init__(self, folder: Path, name: str = LOCK):
@@ -45,7 +45,7 @@ class FolderLock:
             ) from error
 
     def _acquire(self, folder: Path) -> bool:
-        """Lock the file; False where its last holder removed it meanwhile, so that the lock is on nothing."""
+        """Try to lock the file; False if its previous owner removed it meanwhile, so that nobody else sees this lock."""
         file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             if fcntl is not None:
@@ -66,7 +66,7 @@ class FolderLock:
                 os.close(file)
 
     def release(self) -> None:
-        """Let go; again is harmless."""
+        """Release the lock; a second call does nothing."""
         if self._file >= 0:
             with contextlib.suppress(OSError):
                 os.unlink(self._path)

@@ -1,4 +1,4 @@
-"""Two adapters as one, and whose edit stays where both answer the same prompt."""
+"""Merging two adapters, and resolving conflicts where both edit the same prompt."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ OnConflict = Literal["error", "ours", "theirs"]
 
 @dataclass(frozen=True)
 class Conflict:
-    """One prompt, two answers.
+    """A prompt to which two adapters give different answers.
 
     Args:
-        prompt: what both adapters have edited.
-        ours, theirs: the targets.
-        ours_id, theirs_id: the edits.
+        prompt: the prompt that both adapters edit.
+        ours, theirs: the target of each adapter.
+        ours_id, theirs_id: ids of the two edits.
     """
 
     prompt: str
@@ -38,12 +38,12 @@ class MergeReport:
     """What a merge did.
 
     Args:
-        added: ids of edits that came in.
-        replaced: ids of edits that went out for one that came in.
-        same: ids of edits that both have: same prompt, subject and target; ours stayed.
-        renamed: their id -> id here, where another edit had it already.
-        conflicts: prompts with two answers.
-        kept: whose answer stayed in each conflict.
+        added: ids of the edits that were added.
+        replaced: ids of our edits that an added edit replaced.
+        same: ids of our edits that the other adapter also has, with the same prompt, subject and target; ours were kept.
+        renamed: old id -> new id of each added edit whose id was already taken.
+        conflicts: prompts to which the adapters give different answers.
+        kept: whose answer was kept in each conflict.
     """
 
     added: tuple[str, ...]
@@ -58,11 +58,16 @@ class MergeReport:
 
 
 def plan_merge(ours: BaftAdapter, theirs: Sequence[Edit], on_conflict: OnConflict) -> tuple[list[Edit], MergeReport]:
-    """Which of their edits come in, under which ids, and the report; nothing is changed.
+    """Plan a merge without changing anything: ``(edits to add, report)``.
+
+    Args:
+        ours: the adapter to merge into.
+        theirs: edits of the other adapter.
+        on_conflict: whose edit to keep if both edit the same prompt; ``"error"`` refuses the merge.
 
     Raises:
-        ConfigError: ``on_conflict`` is none of its values.
-        AdapterError: edits that add up, which were trained on top of each other; or conflicts that are errors.
+        ConfigError: ``on_conflict`` has an unknown value.
+        AdapterError: the edits add up instead of competing, or there are conflicts and ``on_conflict`` is ``"error"``.
     """
     if on_conflict not in get_args(OnConflict):
         raise ConfigError(f"on_conflict is {on_conflict!r}; it must be one of {', '.join(get_args(OnConflict))}")
@@ -71,11 +76,11 @@ def plan_merge(ours: BaftAdapter, theirs: Sequence[Edit], on_conflict: OnConflic
             f"the edits of weighting {ours.config.weighting!r} add up and were trained on top of each other; only adapters "
             "whose edits compete (cosine, subject_relation) can be merged"
         )
-    coming: list[Edit] = []
+    incoming: list[Edit] = []
     replaced, same, conflicts, renamed = [], [], [], {}
     taken = {edit.id for edit in ours.edits}
     for edit in theirs:
-        request = edit.requests[0]  # where edits compete, each has one
+        request = edit.requests[0]  # edits that compete have one request each
         for own in ours.asking([request.prompt]):
             known = own.requests[0]
             if (known.target_new, known.subject) == (request.target_new, request.subject):
@@ -87,15 +92,15 @@ def plan_merge(ours: BaftAdapter, theirs: Sequence[Edit], on_conflict: OnConflic
             replaced.append(own.id)
             taken.discard(own.id)
         else:
-            coming.append(edit)
+            incoming.append(edit)
     if conflicts and on_conflict == "error":
         first = conflicts[0]
         raise AdapterError(
             f"{len(conflicts)} prompt{'s have' if len(conflicts) > 1 else ' has'} two answers, e.g. {first.prompt!r}: ours "
-            f"{first.ours!r}, theirs {first.theirs!r}; nothing was merged; say which stays: on_conflict 'ours' or 'theirs'"
+            f"{first.ours!r}, theirs {first.theirs!r}; nothing was merged; choose which to keep: on_conflict 'ours' or 'theirs'"
         )
     added = []
-    for edit in coming:
+    for edit in incoming:
         name, count = edit.id, 2
         while name in taken:
             name, count = f"{edit.id}-{count}", count + 1
@@ -112,22 +117,22 @@ def plan_merge(ours: BaftAdapter, theirs: Sequence[Edit], on_conflict: OnConflic
 
 
 def check_same_coordinates(
-    ours: Mapping[int, Mapping[str, Tensor]], theirs: Mapping[int, Mapping[str, Tensor]], where: str
+    ours: Mapping[int, Mapping[str, Tensor]], theirs: Mapping[int, Mapping[str, Tensor]], source: str
 ) -> None:
-    """Refuse edits whose gates were fitted to another bank: what they measure is not what the gates here measure.
+    """Check that the gates of two adapters were fitted to the same bank, so that their values are comparable.
 
     Args:
-        ours, theirs: ``layer -> {name: tensor}``, what the edits of each adapter share.
-        where: begins the message.
+        ours, theirs: ``layer -> {name: tensor}``, the tensors that all edits of an adapter share.
+        source: prefix of the error message.
 
     Raises:
-        AdapterError: a shared tensor differs by more than 1e-4 (two machines may differ by rounding).
+        AdapterError: a shared tensor differs by more than 1e-4 (rounding may differ between machines).
     """
     for layer, own in ours.items():
         for name, tensor in own.items():
             other = theirs[layer][name]
             if other.shape != tensor.shape or not torch.allclose(other, tensor, atol=1e-4):
                 raise AdapterError(
-                    f"{where}its gates were fitted to another bank ({name!r} of layer {layer} differs), so its edits cannot be "
-                    "put beside these; make them again with the same version and bank_texts"
+                    f"{source}its gates were fitted to another bank ({name!r} of layer {layer} differs), so its edits cannot "
+                    "join these; edit again with the same version and bank_texts"
                 )

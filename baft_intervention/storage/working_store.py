@@ -1,4 +1,4 @@
-"""An adapter folder that is written to: every change is on the disk before the call that made it returns."""
+"""An adapter folder open for writing: a change is on disk before the call that makes it returns."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ _OWN = {TENSORS, DESCRIPTION, LOG, LOCK, TENSORS + NEXT, DESCRIPTION + NEXT}
 
 
 def check_place(path: Path) -> None:
-    """Refuse a place where no adapter can be written, before the work is done.
+    """Check that an adapter can be written to ``path``, before any work is done.
 
     Raises:
-        AdapterError: it is a file, or a folder of something else.
+        AdapterError: ``path`` is a file, or a folder that holds something else.
     """
     if path.exists() and not path.is_dir():
         raise AdapterError(f"{path} is a file; give the name of a folder for the adapter")
@@ -48,11 +48,11 @@ def check_place(path: Path) -> None:
 
 
 def write_directory(path: str | os.PathLike[str], state: Mapping[str, Tensor], description: Mapping[str, Any]) -> Path:
-    """Write an adapter folder, or replace the adapter in one; afterwards it is all there, or all as it was.
+    """Write an adapter folder, or replace the adapter in an existing one: completely, or not at all.
 
     Raises:
-        AdapterError: ``path`` is there and is no adapter directory, or cannot be written; what was there stays.
-        StoreError: somebody has the folder open for writing.
+        AdapterError: ``path`` exists and is not an adapter folder, or it cannot be written; the old content stays.
+        StoreError: a process has the folder open for writing.
     """
     path = Path(path).expanduser()
     check_place(path)
@@ -79,22 +79,21 @@ def write_directory(path: str | os.PathLike[str], state: Mapping[str, Tensor], d
 
 
 class Store:
-    """An adapter folder that is open for writing: a snapshot, and a log of what was committed since.
+    """An adapter folder open for writing: a snapshot, and a log of the changes committed since.
 
-    What :meth:`append` and :meth:`seal` have returned from is on the disk. Where they raise, or where the process ends in
-    the middle of them, the folder holds what it held before (or, at the very end of :meth:`seal`, the same edits in their
-    new form).
+    Once :meth:`append` or :meth:`seal` returns, its change is on disk. If it raises, or the process ends inside it, the folder
+    keeps its old content (or, at the very end of :meth:`seal`, holds the same edits in the new snapshot).
 
     Args:
-        path: of an adapter, or of an empty folder or none, which then is made.
+        path: an adapter folder, an empty folder, or a path that does not exist yet and is created.
 
     Attributes:
         fresh: whether the folder held no adapter when it was opened.
-        log_bytes: length of the log.
+        log_bytes: length of the log in bytes.
 
     Raises:
-        AdapterError: it is a file, or a folder of something else.
-        StoreError: somebody else has it open, it cannot be written to, or its log is damaged.
+        AdapterError: ``path`` is a file, or a folder that holds something else.
+        StoreError: another process has the folder open, it cannot be written to, or its log is damaged.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -109,14 +108,14 @@ class Store:
         try:
             self.fresh = not (self.path / DESCRIPTION).is_file()
             self._snapshot = "" if self.fresh else self._finish_sealing()
-            reading = checked_log(self.path, self._snapshot)
+            log = checked_log(self.path, self._snapshot)
         except BaseException:
             self._lock.release()
             raise
-        self.log_bytes, self._number = reading.end, reading.records[-1].number + 1 if reading.records else 0
+        self.log_bytes, self._number = log.end, log.records[-1].number + 1 if log.records else 0
 
     def _finish_sealing(self) -> str:
-        """Give the tensors of the snapshot their name, where the last writer could not; the snapshot's seal."""
+        """Rename the snapshot's tensors if the last writer could not; return the snapshot's seal."""
         try:
             description = json.loads((self.path / DESCRIPTION).read_bytes())
             waiting = self.path / (TENSORS + NEXT)
@@ -129,7 +128,7 @@ class Store:
         except OSError as error:
             raise StoreError(f"{self.path} cannot be written to: {error}; give another folder") from error
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise AdapterError(f"{self.path / DESCRIPTION} is truncated or no description of an adapter") from None
+            raise AdapterError(f"{self.path / DESCRIPTION} is truncated or not the description of an adapter") from None
 
     def append(
         self,
@@ -137,15 +136,15 @@ class Store:
         add: Sequence[Mapping[str, Any]] = (),
         tensors: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Commit one change, whole or not at all: take edits out, then put edits in.
+        """Commit one change, completely or not at all: remove edits, then add edits.
 
         Args:
-            remove: ids.
-            add: summaries.
-            tensors: theirs, ``layers.<n>.edits.<name> (E, ...)``.
+            remove: ids of the edits to remove.
+            add: summaries of the edits to add.
+            tensors: tensors of the added edits, ``layers.<n>.edits.<name> (E, ...)``.
 
         Raises:
-            StoreError: it cannot be written; the change is not in the log.
+            StoreError: the change cannot be written and is not in the log.
         """
         begin = self.mark()
         data = b""
@@ -155,24 +154,24 @@ class Store:
         self._write(data, begin)
 
     def mark(self) -> tuple[int, int]:
-        """Where the log is now, for :meth:`rollback`."""
+        """The current end of the log, to pass to :meth:`rollback`."""
         return self.log_bytes, self._number
 
     def rollback(self, mark: tuple[int, int]) -> None:
-        """Take back what was appended since ``mark``; the snapshot must not have been replaced meanwhile."""
+        """Remove the changes appended since ``mark``; the snapshot must still be the same."""
         if mark != self.mark():
             self.log_bytes, self._number = mark
             self._write(b"", mark)
 
     def _write(self, data: bytes, begin: tuple[int, int]) -> None:
-        """Put ``data`` behind the last whole record, and wait until it is on the disk."""
+        """Write ``data`` after the last intact record, and wait until it is on disk."""
         path = self.path / LOG
         try:
             new = not path.exists()
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 if os.fstat(file).st_size < self.log_bytes:
-                    raise OSError("somebody else has cut it off or removed it since it was opened")
+                    raise OSError("another process has shortened or removed it since it was opened")
                 os.ftruncate(file, self.log_bytes)
                 os.lseek(file, self.log_bytes, os.SEEK_SET)
                 rest = memoryview(data)
@@ -182,9 +181,7 @@ class Store:
                 if new:
                     sync_folder(self.path)
             except BaseException:
-                with contextlib.suppress(
-                    OSError
-                ):  # what cannot be cut off now is cut off by the next writing or opening
+                with contextlib.suppress(OSError):  # if this fails, the next write truncates the log
                     os.ftruncate(file, self.log_bytes)
                 raise
             finally:
@@ -193,20 +190,20 @@ class Store:
             self.log_bytes, self._number = begin
             if isinstance(error, OSError):
                 raise StoreError(
-                    f"the change cannot be written to {path}: {error}; it is not committed, and what was there is unchanged"
+                    f"the change cannot be written to {path}: {error}; it is not committed, and the folder is unchanged"
                 ) from error
             raise
         self.log_bytes += len(data)
         self._number += bool(data)
 
     def seal(self, state: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
-        """Replace snapshot and log by one new snapshot.
+        """Replace the snapshot and the log by one new snapshot.
 
         Raises:
-            AdapterError: it cannot be written; snapshot and log are as they were.
+            AdapterError: the snapshot cannot be written; the folder keeps its old edits.
         """
         blob, sealed = serialised(state, description)
-        if self._number:  # from now on it can be told that this log is contained in that snapshot
+        if self._number:  # tells a later reader that the new snapshot contains this log, should the log survive
             self._write(encode(self._number, {"snapshot": sealed["seal"]}, {}), self.mark())
         replace_snapshot(self.path, blob, sealed)
         self._snapshot = sealed["seal"]
@@ -215,7 +212,7 @@ class Store:
             self.log_bytes = self._number = 0
 
     def close(self, *, discard: bool = False) -> None:
-        """Let others write; with ``discard``, a folder that held no adapter before is left as it was then."""
+        """Release the folder; with ``discard``, empty it again if it held no adapter when it was opened."""
         if discard and self.fresh:
             for name in (LOG, DESCRIPTION, TENSORS, DESCRIPTION + NEXT, TENSORS + NEXT):
                 with contextlib.suppress(OSError):
@@ -233,9 +230,10 @@ class Store:
 
 
 class MainStore:
-    """A :class:`Store` that several processes have in common: rank 0 writes, and what fails there fails on every rank.
+    """A :class:`Store` that several processes share: rank 0 writes, and its errors are raised on every rank.
 
-    All ranks call the same methods in the same order; :meth:`seal` and :meth:`close` are rank 0's own matter.
+    All ranks call the same methods in the same order. :meth:`seal` and :meth:`close` act on rank 0 alone, and their errors
+    are raised only there.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -248,7 +246,7 @@ class MainStore:
         self.path, self.fresh, self.log_bytes = from_main(opened)
 
     def read(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and description of the adapter, see :func:`~baft_intervention.storage.exchange.read_directory`."""
+        """Tensors and description of the adapter; see :func:`~baft_intervention.storage.exchange.read_directory`."""
         return from_main(lambda: read_directory(self.path))
 
     def append(
@@ -284,7 +282,7 @@ class MainStore:
 
 
 def open_store(path: str | os.PathLike[str]) -> Store | MainStore:
-    """An adapter folder for writing; of several processes rank 0 writes. Errors as :class:`Store`."""
+    """Open an adapter folder for writing. With several processes, rank 0 writes. Raises what :class:`Store` raises."""
     return Store(path) if world_size() == 1 else MainStore(path)
 
 

@@ -60,7 +60,7 @@ def test_a_beginning_of_text_that_both_would_put_there_stands_there_once():
         ([{"role": "user", "content": " "}], r"messages\[0\]: message.content is empty"),
         ([*ASK, 3], r"messages\[1\]: a message must be an object"),
         ([*ASK, {"role": "assistant", "content": "Paris"}], "the last message is the assistant's"),
-        ([{"role": "tool", "content": "x"}], "the chat template does not take these messages: no tool"),
+        ([{"role": "tool", "content": "x"}], "the chat template rejects these messages: no tool"),
     ],
 )
 def test_what_is_no_conversation_is_refused(messages, match):
@@ -69,7 +69,7 @@ def test_what_is_no_conversation_is_refused(messages, match):
 
 
 def test_a_broken_template_and_a_missing_one_are_errors_of_ours():
-    with pytest.raises(RequestError, match="the chat template does not take these messages"):
+    with pytest.raises(RequestError, match="the chat template rejects these messages"):
         render_chat(chat_tokenizer("{% for %}"), ASK)
     with pytest.raises(RequestError, match="the tokenizer has no chat template"):
         render_chat(tiny_tokenizer(), ASK)

@@ -84,12 +84,12 @@ def test_a_join_in_a_real_tokenizer(smollm2: tuple) -> None:
 
 @pytest.mark.parametrize("target", ["", " ", "\n"])
 def test_an_empty_target_is_named(target: str) -> None:
-    with pytest.raises(RequestError, match="no token of the target .* after 'Rome is'; give a non-empty target"):
+    with pytest.raises(RequestError, match="no tokens for the target .* after 'Rome is'; give a non-empty target"):
         encode_pair(tiny_tokenizer(), "Rome is", target)
 
 
 def test_an_empty_prompt_is_named() -> None:
-    with pytest.raises(RequestError, match="makes no token of the prompt ''"):
+    with pytest.raises(RequestError, match="gives no tokens for the prompt ''"):
         encode_prompt(tiny_tokenizer(), "")
     assert encode_prompt(tiny_tokenizer(add_bos=True), "") == [2]
 

@@ -230,11 +230,11 @@ def _rename_gate(_description, state) -> None:
 ROTATION = "layers.3.edits.rotation"
 SPOILED = {
     "truncated tensors": (_truncate("adapter.safetensors"), "adapter.safetensors is truncated or altered"),
-    "truncated description": (_truncate("adapter.json"), "adapter.json is truncated or no JSON"),
-    "empty description": (_write("adapter.json", b""), "adapter.json is truncated or no JSON"),
+    "truncated description": (_truncate("adapter.json"), "adapter.json is truncated or not JSON"),
+    "empty description": (_write("adapter.json", b""), "adapter.json is truncated or not JSON"),
     "description is a list": (_write("adapter.json", b"[]"), "must hold an object, not list"),
-    "description is no text": (_write("adapter.json", b"\xff\xfe\x00"), "adapter.json is truncated or no JSON"),
-    "description is a deep nest": (_write("adapter.json", b"[" * 100_000), "adapter.json is truncated or no JSON"),
+    "description is no text": (_write("adapter.json", b"\xff\xfe\x00"), "adapter.json is truncated or not JSON"),
+    "description is a deep nest": (_write("adapter.json", b"[" * 100_000), "adapter.json is truncated or not JSON"),
     "one bit of a tensor": (_flip, "adapter.safetensors is truncated or altered"),
     "another target": (_describe(_target), "adapter.json was altered after it was written"),
     "newer schema": (_describe(lambda d: d.update(schema=2)), "schema 2; this version reads schema 1"),
@@ -244,7 +244,7 @@ SPOILED = {
     "tensors are missing": (_remove("adapter.safetensors"), "has no adapter.safetensors"),
     "description is missing": (_remove("adapter.json"), "has no adapter.json"),
     "a pickle": (_pickle, "adapter.safetensors is truncated or altered"),
-    "a pickle with its digest": (_resealed_pickle, "adapter.safetensors is no safetensors file"),
+    "a pickle with its digest": (_resealed_pickle, "adapter.safetensors is not a safetensors file"),
     "a link out of the folder": (_link, "is a link out of the adapter folder"),
     "not finite": (_tensor(ROTATION, _nan), f"tensor '{ROTATION}' has values that are not finite"),
     "another shape": (_tensor(ROTATION, lambda t: t[:, :2].contiguous()), r"shape \(2, 2, 32\); it must be \(2, 4, 32\)"),
@@ -267,7 +267,7 @@ SPOILED = {
         _set("weighting_layout", 99),
         "has layout 99 of the gate 'subject_relation', but this version reads layout 3; load it with baft_intervention 0.1.0",
     ),
-    "other layers": (_set("layers", [1]), "layers are .1., the settings say .3."),
+    "other layers": (_set("layers", [1]), "layers .1., but the settings say .3."),
     "an edit without requests": (_set("edits", [{}, {}]), r"edits\[0\]: "),
     "one edit for two": (
         _describe(lambda d, s: d["edits"].pop(), seal=True),
@@ -277,8 +277,8 @@ SPOILED = {
         _describe(lambda d, s: d["edits"][1].update(id="france"), seal=True),
         "two edits are called 'france'",
     ),
-    "another rank": (_setting("rank", 3), "rank = 3, this editor 4"),
-    "another weighting": (_setting("weighting", "linear"), "weighting = 'linear', this editor 'subject_relation'"),
+    "another rank": (_setting("rank", 3), "rank = 3, but this editor has 4"),
+    "another weighting": (_setting("weighting", "linear"), "weighting = 'linear', but this editor has 'subject_relation'"),
     "an unknown setting": (_setting("code", "import os"), "unknown setting 'code'"),
     "a setting out of range": (_setting("rank", 0), "rank is 0"),
 }  # fmt: skip
@@ -310,10 +310,10 @@ def test_an_adapter_of_another_model_is_refused(saved, how):
     }[how]()
     editor = tiny_editor(model, tiny_tokenizer())
     editor.edit(TOWER)
-    reason = "weights" if how == "weights" else "architecture"
+    reason = "weights differ" if how == "weights" else "architecture differs"
     with (
         unchanged(editor),
-        pytest.raises(AdapterError, match=f"made for 'tiny'.*{reason} are not the same.*nothing was loaded"),
+        pytest.raises(AdapterError, match=f"made for 'tiny'.*{reason} .*nothing was loaded"),
     ):
         editor.load_adapter(saved)
 

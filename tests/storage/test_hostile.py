@@ -343,7 +343,7 @@ def test_malicious_tensor_files_with_a_right_digest(saved, other, tmp_path, caps
     place.mkdir()
     (place / TENSORS).write_bytes(blob)
     (place / DESCRIPTION).write_text(json.dumps(sealed))
-    with unchanged(other), pytest.raises(AdapterError, match="is no safetensors file|unknown tensor|is missing"):
+    with unchanged(other), pytest.raises(AdapterError, match="is not a safetensors file|unknown tensor|is missing"):
         other.load_adapter(place)
     _offer(other, place, capsys)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]  # nothing was written by a name

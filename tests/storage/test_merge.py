@@ -102,13 +102,13 @@ def test_into_an_adapter_without_edits_and_from_one(theirs, tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: editor_of(FRANCE, rank=3), "the adapter has rank = 4, this editor 3"),
-        (lambda: editor_of(FRANCE, layers=(1,)), r"layers = None, this editor \(1,\)"),
+        (lambda: editor_of(FRANCE, rank=3), "the adapter has rank = 4, but this editor has 3"),
+        (lambda: editor_of(FRANCE, layers=(1,)), r"layers = None, but this editor has \(1,\)"),
         (
             lambda: BaftEditor(
                 tiny_model("llama", seed=1), tiny_tokenizer(), config(), model_name="tiny", bank_texts=BANK
             ),
-            "weights are not the same",
+            "weights differ",
         ),
         (
             lambda: BaftEditor(tiny_model("llama"), tiny_tokenizer(), config(), model_name="tiny", bank_texts=BANK[:9]),
