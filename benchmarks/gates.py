@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from baft_intervention import BaftConfig, BaftEditor, EditRequest
 from baft_intervention.gates import SubjectRelationWeighting
 from baft_intervention.runtime.representations import read_blocks
+from baft_intervention.training.encoding import encode_requests
 from baft_intervention.training.gate_initialisation import make_jobs
 
 PARTS = ("zsre", "counterfact", "wiki_counterfact", "wiki_recent")  # of benchmarks/sweep.py
@@ -68,7 +69,7 @@ def probe_part(editor: BaftEditor, requests: Sequence[EditRequest]) -> dict[str,
         editor.tokenizer,
         editor.config,
         adapter.layers,
-        [[r] for r in requests],
+        [[each] for each in encode_requests(editor.tokenizer, requests, editor.config)],
         shared=adapter.shared,
         bank=editor._bank(),
     )
