@@ -1,8 +1,9 @@
 """The bank: representations of text that no edit is about.
 
-A gate can only learn what to leave alone from examples of it. The package ships 256 short unrelated texts
-(``unrelated_texts.txt``: statements, questions, unfinished sentences; no benchmark's records); a user may give others. The
-bank keeps the representation of each text's last token and of up to three tokens inside it: the inside of a statement is
+A gate can only learn what to leave alone from examples of it. The package ships 256 short unrelated texts, a user may give
+others. The shipped ones (``unrelated_texts.txt``) were sampled once from SmolLM2-135M-Instruct, as continuations of a few dozen
+common openings, and are the same for every model: questions, statements and, mostly, sentences that break off. No benchmark's
+record is among them. The bank keeps the representation of each text's last token and of up to three tokens inside it: the inside of a statement is
 what an unfinished prompt looks like. Ours; the paper only says that unrelated knowledge enters a locality term.
 """
 
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 TEXTS = Path(__file__).with_name("unrelated_texts.txt")
 POSITIONS_PER_TEXT = 4  # the last token, and three inside
-_FORMAT = 5  # raise it when the content of a bank changes: cached banks are then computed again
+_FORMAT = 6  # raise it when the content of a bank changes: cached banks are then computed again
 _FRAMEWORKS = ("torch", "transformers", "accelerate")
 _MAX_TOKENS = 64  # of a text; the rest is not read
 

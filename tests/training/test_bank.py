@@ -35,14 +35,12 @@ def same(one: Bank, other: Bank) -> bool:
     )
 
 
-def test_the_shipped_texts_are_varied_english() -> None:
+def test_the_shipped_texts_are_many_and_varied() -> None:
     texts = shipped_texts()
-    assert len(set(texts)) == len(texts) == 256
-    assert all(6 <= len(text.split()) <= 25 and text == text.strip() for text in texts)
-    kinds = Counter("question" if t.endswith("?") else "whole" if t[-1] in '.!"' else "unfinished" for t in texts)
-    assert min(kinds["question"], kinds["unfinished"]) > 50
-    assert max(Counter(text.split()[0] for text in texts).values()) < 100
-    assert len({text.split()[-1] for text in texts}) > 200
+    assert len(texts) == len(set(texts)) == 256
+    assert all(text == text.strip() and 0 < len(text) < 200 for text in texts)
+    assert sum(text.endswith("?") for text in texts) >= 30
+    assert sum(text[-1].isalnum() for text in texts) >= 100  # they break off: an unfinished prompt looks like that
 
 
 def test_a_text_gives_its_last_token_and_three_inside(tiny_llama, tokenizer) -> None:
