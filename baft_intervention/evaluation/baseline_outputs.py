@@ -66,8 +66,10 @@ def baseline_key(queries: list[Query], rows: list[TokenRow], settings: dict[str,
 def code_version() -> str:
     """A hash of the modules that the answers come from."""
     digest = hashlib.sha256()
-    for name in ("forward.py", "queries.py", "baseline_outputs.py", "scoring.py"):
-        digest.update(Path(__file__).with_name(name).read_bytes())
+    package = Path(__file__).parents[1]
+    for name in ("queries", "baseline_outputs", "scoring", "forward"):
+        digest.update((package / "evaluation" / f"{name}.py").read_bytes())
+    digest.update((package / "runtime" / "block_stubs.py").read_bytes())
     return digest.hexdigest()[:16]
 
 

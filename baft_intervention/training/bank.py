@@ -1,10 +1,11 @@
 """The bank: representations of text that no edit is about.
 
-A gate can only learn what to leave alone from examples of it. The package ships 256 short unrelated texts, a user may give
-others. The shipped ones (``unrelated_texts.txt``) were sampled once from SmolLM2-135M-Instruct, as continuations of a few dozen
-common openings, and are the same for every model: questions, statements and, mostly, sentences that break off. No benchmark's
-record is among them. The bank keeps the representation of each text's last token and of up to three tokens inside it: the inside of a statement is
-what an unfinished prompt looks like. Ours; the paper only says that unrelated knowledge enters a locality term.
+A gate can only learn what to leave alone from examples of it. The package ships 256 short unrelated texts; a user may give
+others. The shipped ones (``unrelated_texts.txt``) were sampled once from SmolLM2-135M-Instruct, as continuations of a few
+dozen common openings, and are the same for every model: questions, statements and, mostly, sentences that break off. No
+benchmark's record is among them. The bank keeps the representation of each text's last token and of up to three tokens inside
+it: the inside of a statement is what an unfinished prompt looks like. Ours; the paper only says that unrelated knowledge
+enters a locality term.
 """
 
 from __future__ import annotations
