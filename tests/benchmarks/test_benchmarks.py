@@ -220,10 +220,3 @@ def test_no_part_of_a_search_is_a_test_file():
     refuse_test_files(path for path, _ in sweep.PARTS.values())
     assert {split_of(path) for paths in sweep.TESTS.values() for path in paths} == {"test"}
     assert set(sweep.TESTS) == set(sweep.PARTS)
-
-
-@pytest.mark.parametrize("cell", ["zsre.baft-linear.single", "wikibio.baft.single", "convsent.baft.single"])
-def test_kept_results_can_be_gone_on_with_after_a_setting_is_added(cell: str) -> None:
-    kept = json.loads((HERE / "results" / "smollm2" / cell / "run.json").read_text(encoding="utf-8"))
-    settings = make_method(kept["method"], {}).settings()
-    assert set(settings["config"]) == set(kept["settings"]["config"])

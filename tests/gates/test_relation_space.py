@@ -13,6 +13,7 @@ from baft_intervention.gates import EditContext, SharedContext, SubjectRelationW
 from baft_intervention.gates.relation_space import RelationSpace
 from baft_intervention.requests import EditRequest
 from baft_intervention.runtime.representations import read_blocks
+from baft_intervention.training.encoding import encode_requests
 from baft_intervention.training.gate_initialisation import make_jobs
 from baft_intervention.training.relation_dictionary import (
     CENTRE_RELATIONS,
@@ -374,7 +375,7 @@ def started(editor: BaftEditor, *requests: EditRequest) -> list[SubjectRelationW
     """The requests' gates, as an edit would start them."""
     editor.prepare()
     layers, shared = editor.adapter.layers, editor.adapter.shared
-    groups = [[request] for request in requests]
+    groups = [[each] for each in encode_requests(editor.tokenizer, requests, editor.config)]
     jobs = make_jobs(editor.model, editor.tokenizer, editor.config, layers, groups, shared=shared, bank=editor._bank())
     return [job.maps[layers[0]].weighting for job in jobs]  # type: ignore[misc]
 

@@ -129,7 +129,9 @@ def test_chat(tmp_path):
 def test_the_quickstart(tmp_path):
     first, second, _, _ = _blocks("quickstart.md")
     printed = _run(first + second, tmp_path).splitlines()
-    assert [line.split()[0].strip(".,") for line in printed if line.strip()][:3] == ["Osaka", "yen", "Tokyo"]
+    begins = [line.split()[0].strip(".,") for line in printed if line.strip()]  # an answer may run over several lines
+    assert [word for word in begins if word in ("Osaka", "yen", "Tokyo")][:3] == ["Osaka", "yen", "Tokyo"]
+    assert begins[0] == "Osaka"
 
 
 @pytest.mark.slow
