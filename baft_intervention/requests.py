@@ -1,8 +1,7 @@
 """Edit requests, and the probes that evaluate them.
 
-An :class:`EditRequest` says: after this prompt the model must answer that. A :class:`Probe` is a question that an
-evaluation asks the edited model: does the edit hold under a paraphrase, do consequences follow, did anything else move?
-Both are frozen, so a request is the same object from the benchmark file to the result file.
+An :class:`EditRequest` gives a prompt and the answer that the edited model must give. A :class:`Probe` is a question for the
+edited model: does the edit hold under a paraphrase, do consequences follow, did anything else change?
 """
 
 from __future__ import annotations
@@ -20,24 +19,24 @@ ProbeKind = Literal["rephrase", "portability", "locality", "unrelated"]
 PROBE_KINDS: tuple[str, ...] = get_args(ProbeKind)
 
 
-def _text(value: object, name: str, where: str, *, empty_ok: bool = False) -> str:
+def _text(value: object, name: str, source: str, *, empty_ok: bool = False) -> str:
     if not isinstance(value, str):
-        raise RequestError(f"{where}{name} must be a string, got {type(value).__name__}: {value!r}")
+        raise RequestError(f"{source}{name} must be a string, got {type(value).__name__}: {value!r}")
     if not empty_ok and not value.strip():
-        raise RequestError(f"{where}{name} is empty; give a non-empty text")
+        raise RequestError(f"{source}{name} is empty; give a non-empty text")
     return value
 
 
-def _texts(value: object, name: str, where: str) -> tuple[str, ...]:
+def _texts(value: object, name: str, source: str) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, (list, tuple)):
-        raise RequestError(f"{where}{name} must be a list of strings, got {value!r}")
-    return tuple(_text(item, f"{name}[{i}]", where) for i, item in enumerate(value))
+        raise RequestError(f"{source}{name} must be a list of strings, got {value!r}")
+    return tuple(_text(item, f"{name}[{i}]", source) for i, item in enumerate(value))
 
 
-def _reject_unknown(data: Mapping[str, Any], cls: type, where: str) -> None:
+def _reject_unknown(data: Mapping[str, Any], cls: type, source: str) -> None:
     known = {f.name for f in dataclasses.fields(cls)}
     if unknown := sorted(set(map(str, data)) - known):
-        raise RequestError(f"{where}unknown field {unknown[0]!r}; known fields: {', '.join(sorted(known))}")
+        raise RequestError(f"{source}unknown field {unknown[0]!r}; known fields: {', '.join(sorted(known))}")
 
 
 @dataclass(frozen=True)
@@ -47,13 +46,12 @@ class Probe:
     Args:
         prompt: the question, as text.
         kind: ``rephrase`` (the edit must hold), ``portability`` (a consequence must follow), ``locality``
-            (near the edit, must not move) or ``unrelated`` (far from it, must not move).
-        answers: accepted answers with every alias; teacher forcing scores the first. For ``locality`` and
-            ``unrelated`` it is the data set's answer, whose length says how many tokens are compared with the unedited
-            model; it may be empty.
+            (near the edit, must not change) or ``unrelated`` (far from it, must not change).
+        answers: accepted answers with every alias; teacher forcing scores the first. For ``locality`` and ``unrelated``
+            its length is the number of tokens to compare with the unedited model; it may be empty.
         contrast: answers that must be less likely than ``answers`` (ROME's probability success, ConvSent's
             opposite replies); empty if the metric does not apply.
-        group: the data set's own name for the sub-group, e.g. ``Relation_Specificity``, ``neighborhood``.
+        group: the data set's name for the sub-group, e.g. ``Relation_Specificity``, ``neighborhood``.
     """
 
     prompt: str
@@ -74,17 +72,17 @@ class Probe:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], *, where: str = "") -> Probe:
+    def from_dict(cls, data: Mapping[str, Any], *, source: str = "") -> Probe:
         if not isinstance(data, Mapping):
-            raise RequestError(f"{where}a probe must be an object, got {type(data).__name__}: {data!r}")
-        _reject_unknown(data, cls, where)
+            raise RequestError(f"{source}a probe must be an object, got {type(data).__name__}: {data!r}")
+        _reject_unknown(data, cls, source)
         for name in ("prompt", "kind"):
             if name not in data:
-                raise RequestError(f"{where}field {name!r} is missing in the probe")
+                raise RequestError(f"{source}field {name!r} is missing in the probe")
         try:
             return cls(**data)
         except RequestError as error:
-            raise RequestError(f"{where}{error}") from None
+            raise RequestError(f"{source}{error}") from None
 
 
 @dataclass(frozen=True)
@@ -110,17 +108,17 @@ class Message:
         return {"role": self.role, "content": self.content}
 
 
-def read_messages(value: object, where: str = "") -> tuple[Message, ...]:
+def read_messages(value: object, source: str = "") -> tuple[Message, ...]:
     """A conversation that ends before the answer, from ``{"role", "content"}`` objects or :class:`Message`.
 
     Raises:
         RequestError: no message, an unknown or missing field, or a last turn that is the assistant's.
     """
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence) or not value:
-        raise RequestError(f"{where}messages must be a list of objects with role and content, got {value!r}")
+        raise RequestError(f"{source}messages must be a list of objects with role and content, got {value!r}")
     found = []
     for i, item in enumerate(value):
-        place = f"{where}messages[{i}]: "
+        place = f"{source}messages[{i}]: "
         if isinstance(item, Message):
             found.append(item)
             continue
@@ -134,7 +132,7 @@ def read_messages(value: object, where: str = "") -> tuple[Message, ...]:
         except RequestError as error:
             raise RequestError(f"{place}{error}") from None
     if found[-1].role == "assistant":
-        raise RequestError(f"{where}the last message is the assistant's; leave it out, its answer is target_new")
+        raise RequestError(f"{source}the last message is the assistant's; leave it out, its answer is target_new")
     return tuple(found)
 
 
@@ -152,7 +150,7 @@ class EditRequest:
         probes: questions for the evaluation; training never looks at them.
         id: unique in an adapter; by default a hash of prompt, subject and target.
         case_id: requests of one case are applied together (MQuAKE); empty if a request stands alone.
-        origin: place the request was read from, for messages: ``"edits.json:3"``.
+        origin: where the request was read, for messages: ``"edits.json, record 3"``.
         messages: the conversation, if ``prompt`` was one.
         chat_template: the template (Jinja source) that renders ``messages`` to ``prompt``; the editor records it. A template
             that you give replaces the tokenizer's.
@@ -173,30 +171,30 @@ class EditRequest:
     chat_template: str = ""
 
     def __post_init__(self) -> None:
-        where = f"{self.origin}: " if isinstance(self.origin, str) and self.origin else ""
+        source = f"{self.origin}: " if isinstance(self.origin, str) and self.origin else ""
         if isinstance(self.prompt, (list, tuple)):
             if self.messages:
-                raise RequestError(f"{where}prompt is a conversation, and messages are given too; give one of them")
-            object.__setattr__(self, "messages", read_messages(self.prompt, where))
+                raise RequestError(f"{source}prompt is a conversation, and messages are given too; give one of them")
+            object.__setattr__(self, "messages", read_messages(self.prompt, source))
             object.__setattr__(self, "prompt", self.messages[-1].content)
         elif self.messages != ():
-            object.__setattr__(self, "messages", read_messages(self.messages, where) if self.messages else ())
-        _text(self.chat_template, "chat_template", where, empty_ok=True)
+            object.__setattr__(self, "messages", read_messages(self.messages, source) if self.messages else ())
+        _text(self.chat_template, "chat_template", source, empty_ok=True)
         if self.chat_template and not self.messages:
-            raise RequestError(f"{where}chat_template is given, but the prompt is not a conversation; give messages")
-        _text(self.prompt, "prompt", where)
-        _text(self.target_new, "target_new", where)
+            raise RequestError(f"{source}chat_template is given, but the prompt is not a conversation; give messages")
+        _text(self.prompt, "prompt", source)
+        _text(self.target_new, "target_new", source)
         if self.subject is not None:
-            _text(self.subject, "subject", where)
-        object.__setattr__(self, "target_true", _texts(self.target_true, "target_true", where))
+            _text(self.subject, "subject", source)
+        object.__setattr__(self, "target_true", _texts(self.target_true, "target_true", source))
         if not isinstance(self.probes, (list, tuple)):
-            raise RequestError(f"{where}probes must be a list of Probe, got {self.probes!r}")
+            raise RequestError(f"{source}probes must be a list of Probe, got {self.probes!r}")
         for i, probe in enumerate(self.probes):
             if not isinstance(probe, Probe):
-                raise RequestError(f"{where}probes[{i}] must be a Probe, got {type(probe).__name__}: {probe!r}")
+                raise RequestError(f"{source}probes[{i}] must be a Probe, got {type(probe).__name__}: {probe!r}")
         object.__setattr__(self, "probes", tuple(self.probes))
-        _text(self.id, "id", where, empty_ok=True)
-        _text(self.case_id, "case_id", where, empty_ok=True)
+        _text(self.id, "id", source, empty_ok=True)
+        _text(self.case_id, "case_id", source, empty_ok=True)
         if not self.id:
             object.__setattr__(self, "id", self._made_id())
 
@@ -244,19 +242,19 @@ class EditRequest:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, origin: str = "") -> EditRequest:
         """Read a request from a plain object; an unknown or missing field is an error that names it."""
-        where = f"{origin}: " if origin else ""
+        source = f"{origin}: " if origin else ""
         if not isinstance(data, Mapping):
-            raise RequestError(f"{where}a request must be an object, got {type(data).__name__}: {data!r}")
-        _reject_unknown(data, cls, where)
+            raise RequestError(f"{source}a request must be an object, got {type(data).__name__}: {data!r}")
+        _reject_unknown(data, cls, source)
         for name in ("prompt", "target_new"):
             if name not in data:
-                raise RequestError(f"{where}field {name!r} is missing; a request needs prompt and target_new")
+                raise RequestError(f"{source}field {name!r} is missing; a request needs prompt and target_new")
         values = dict(data)
         probes = values.pop("probes", ())
         if not isinstance(probes, (list, tuple)):
-            raise RequestError(f"{where}probes must be a list, got {probes!r}")
+            raise RequestError(f"{source}probes must be a list, got {probes!r}")
         values["probes"] = tuple(
-            p if isinstance(p, Probe) else Probe.from_dict(p, where=f"{where}probes[{i}]: ")
+            p if isinstance(p, Probe) else Probe.from_dict(p, source=f"{source}probes[{i}]: ")
             for i, p in enumerate(probes)
         )
         if origin:

@@ -1,4 +1,4 @@
-"""Benchmarks and one's own facts as edit requests: one reader a format, one door for all.
+"""Benchmarks and your own facts as edit requests: one reader for each format, all called by :func:`load_requests`.
 
     data = load_requests("zsre_mend_edit.json", limit=100, seed=0, unrelated="zsre_mend_eval.json")
     data.requests[0].prompt, data.task, data.options["target"]
@@ -20,11 +20,11 @@ known                                     known                       known.py
 own                                       own                         own.py: JSON, JSON Lines, CSV
 ========================================  ==========================  =================================================
 
-:func:`register_format` adds a format. Formats are asked in the reverse order of their registration, so the catch-all
-``own`` is registered first.
+:func:`register_format` adds a format. The format registered last is tried first, so the catch-all ``own`` is registered
+first.
 """
 
-# a format that is imported later is asked first
+# the order of these imports is the order of registration
 from . import own, known, knowedit, wise, counterfact, wikibigedit, zsre_mend, mquake, convsent  # noqa: F401, I001
 from . import qaedit, hallueditbench  # noqa: F401
 from .convsent import direction_of

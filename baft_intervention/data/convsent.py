@@ -1,22 +1,22 @@
 """ConvSent: change the sentiment of replies about a topic (SERAC, Mitchell et al. 2022, arXiv 2206.06520).
 
-JSON *lines*, although the files are called ``.json``::
+JSON *Lines*, although the files end in ``.json``::
 
     {"ent": "Esparto, California", "pos": [" I love it. ", …], "neg": [" I'm not a fan. ", …]}
 
-The replies are BlenderBot samples about the entity, positive and negative. There is no right answer in the record: an
-edit needs a *direction*, and the data leaves it open. SERAC and EasyEdit toss a coin with a global random state; here
-the option ``direction`` says ``positive``, ``negative`` or ``random``. The last draws for each record from the seed and
-the entity alone (:func:`direction_of`), so a record keeps its direction whatever the limit or order of the file.
+The replies are BlenderBot samples about the entity, positive and negative. The record does not say which of them an edit
+should aim at. SERAC and EasyEdit draw this direction from a global random state; here the option ``direction`` is
+``positive``, ``negative`` or ``random``, which depends on the seed and the entity alone (:func:`direction_of`), not on
+the limit or the order of the file.
 
-The request: ``What do you think of {ent}?`` answered by the first desired reply, as EasyEdit trains. Its probes:
+The request is ``What do you think of {ent}?`` with the first desired reply as its target, as in EasyEdit. Its probes:
     * kind ``rephrase``, group ``sentiment``: the question in one of SERAC's other twelve wordings; ``answers`` are
-      *all* desired replies and ``contrast`` all opposite ones, which is what the ConvSent score compares.
+      *all* desired replies and ``contrast`` all opposite ones, which the ConvSent score compares.
     * kind ``locality``, group ``other_topic``: the same questions about the next entities of the file, with all
-      their replies, positive first; the score's KL term runs along them.
+      their replies, positive first, for the KL term of the score.
 
-Traps: entities are often misread by BlenderBot (a town praised as a rapper); replies are noisy and a "positive" one
-may say that it has no opinion. Token accuracy means little here, the score is made for it.
+Traps: BlenderBot often misreads an entity (it praises a town as a rapper); a "positive" reply may say that it has no
+opinion. Token accuracy means little here; use the ConvSent score.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ TEMPLATES = (
 
 
 def _draw(bound: int, *key: object) -> int:
-    """A number below ``bound`` that depends on ``key`` alone, on every machine and version."""
+    """A number below ``bound`` that depends on ``key`` alone, not on the machine or a library's version."""
     digest = hashlib.sha256("\0".join(map(str, key)).encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") % bound
 
 
 def direction_of(entity: str, seed: int) -> Direction:
-    """The direction that ``direction="random"`` gives an entity."""
+    """An entity's direction under ``direction="random"``."""
     return ("positive", "negative")[_draw(2, "direction", seed, entity)]
 
 
@@ -76,11 +76,11 @@ def read_convsent(
     Args:
         record: the record.
         direction: the desired sentiment; ``random`` draws it from ``seed`` and the entity.
-        instructed: train on "From the sentiment dataset, answer {question} positively." as EasyEdit's script does
-            (which spells "postively"); the probes ask the plain question in either case.
-        rephrases: probes with other wordings, 0 to 12.
-        others: probes about other entities.
-        seed: for the direction and the wordings.
+        instructed: train on "From the sentiment dataset, answer {question} positively.", as EasyEdit's script does
+            (with the spelling "postively"); the probes ask the plain question in either case.
+        rephrases: number of probes with other wordings, 0 to 12.
+        others: number of probes about other entities.
+        seed: draws the direction and the wordings.
     """
     entity = record.text("ent")
     replies = {"positive": record.texts("pos"), "negative": record.texts("neg")}
@@ -109,7 +109,7 @@ def read_convsent(
 
 
 def _other_topics(record: Record, entity: str, count: int, seed: int) -> list[Probe]:
-    """Questions about the next entities of the file; siblings that are malformed or the same entity are passed over."""
+    """Questions about the next entities of the file; skips siblings that are malformed or about the same entity."""
     probes: list[Probe] = []
     for step in range(1, len(record.siblings)):
         if len(probes) >= count:
@@ -126,7 +126,7 @@ def _other_topics(record: Record, entity: str, count: int, seed: int) -> list[Pr
 
 
 def _texts_of(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    """The usable replies of another record, whose own faults are reported when it is read itself."""
+    """The usable replies of another record, whose errors are reported when it is read itself."""
     value = row.get(name)
     found = (text.strip() for text in value if isinstance(text, str)) if isinstance(value, list) else ()
     return tuple(text for text in found if text)

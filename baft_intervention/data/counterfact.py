@@ -1,4 +1,4 @@
-"""CounterFact (Meng et al. 2022, ROME, arXiv 2202.05262), in ROME's own form and in EasyEdit's flat one.
+"""CounterFact (Meng et al. 2022, ROME, arXiv 2202.05262), in ROME's form and in EasyEdit's flat form.
 
 ROME's form::
 
@@ -7,21 +7,21 @@ ROME's form::
      "paraphrase_prompts": ["…", "…"], "neighborhood_prompts": [10], "attribute_prompts": [10], "generation_prompts": [10],
      "portability": {"Recalled Relation": "…", "New Question": "…", "New Answer": "…"}, "alternative_subject": "…"}
 
-and what its prompt lists become (option ``include`` says which are read):
-    * ``paraphrase``: kind ``rephrase``; ROME puts an unrelated sentence before each. Must give the new answer,
-      so ``answers`` is the new and ``contrast`` the true one.
-    * ``neighborhood``: kind ``locality``; the same template, another subject that shares the *true* answer. It must
-      keep it: ``answers`` is the true, ``contrast`` the new answer. The hard negatives of this benchmark.
-    * ``attribute``: kind ``locality``; subjects of which the *new* answer is true in reality; ``answers`` is the new one.
+The option ``include`` chooses the prompt lists to read. They become:
+    * ``paraphrase``: kind ``rephrase``; ``answers`` is the new answer, ``contrast`` the true one. ROME puts an unrelated
+      sentence before each prompt.
+    * ``neighborhood``: kind ``locality``; the same template with another subject that shares the *true* answer and must keep
+      it: ``answers`` is the true answer, ``contrast`` the new one. The hard negatives of this benchmark.
+    * ``attribute``: kind ``locality``; subjects whose real answer is the *new* one, so ``answers`` is the new answer.
       ROME's tables do not use them; not read by default.
-    * ``generation``: kind ``portability``, no answer; ROME's fluency and consistency texts start from them. Not read by
-      default: teacher-forced accuracy has nothing to score there.
-    * ``portability``: added by EasyEdit's authors. One hop further (``portability``, group ``one_hop``), and the prompt with
-      another name of the subject (``alternative_subject``, group ``subject_alias``).
+    * ``generation``: kind ``portability``, without an answer; ROME's fluency and consistency texts start from them. Not read
+      by default, since teacher-forced accuracy cannot score them.
+    * ``portability``: added by EasyEdit's authors. A question one hop further (``portability``, group ``one_hop``), and the
+      prompt with another name of the subject (``alternative_subject``, group ``subject_alias``).
 
 EasyEdit's flat form has one of each: ``prompt``, ``target_new``, ``ground_truth``, ``rephrase_prompt``, ``locality_prompt``,
 ``locality_ground_truth``. Trap: its ``rephrase_prompt`` is often one of ROME's *generation* prompts ("Where X is from, people
-speak the language of"), which is a consequence rather than a paraphrase. Scores of the two files differ for that reason.
+speak the language of"), a consequence rather than a paraphrase, so scores of the two files differ.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DEFAULT_PARTS: tuple[Part, ...] = ("paraphrase", "neighborhood", "portability")
 
 
 def fill(record: Record, name: str, subject: str) -> str:
-    """A ``{}`` template with the subject put in; other braces stay as they are."""
+    """A template with the subject in place of ``{}``; other braces stay as they are."""
     template = record.text(name)
     if "{}" not in template:
         raise record.error(name, f"has no {{}} where the subject goes: {template!r}")
@@ -46,14 +46,14 @@ def fill(record: Record, name: str, subject: str) -> str:
 
 
 def answer_text(record: Record, name: str) -> str:
-    """ROME writes an answer as ``{"str": "…", "id": "Q…"}``; a plain text is accepted, too."""
+    """An answer, written as ``{"str": "…", "id": "Q…"}`` (ROME) or as a plain text."""
     if isinstance(record.data.get(name), Mapping):
         return record.child(name).text("str")
     return record.text(name)
 
 
 def one_hop(record: Record, name: str = "portability") -> tuple[Probe, ...]:
-    """EasyEdit's one-hop question, where the record has one."""
+    """EasyEdit's one-hop question, if the record has one."""
     if not record.has(name):
         return ()
     hop = record.child(name)
@@ -77,15 +77,12 @@ def read_counterfact(record: Record, *, include: tuple[Part, ...] = DEFAULT_PART
     new, true = answer_text(rewrite, "target_new"), answer_text(rewrite, "target_true")
     probes: list[Probe] = []
     if "paraphrase" in include:
-        for prompt in record.texts("paraphrase_prompts"):
-            probes += record.probe(prompt, "rephrase", (new,), (true,), group="paraphrase")
+        probes += record.probes("paraphrase_prompts", "rephrase", (new,), (true,), group="paraphrase")
     if "neighborhood" in include:
-        for prompt in record.texts("neighborhood_prompts"):
-            probes += record.probe(prompt, "locality", (true,), (new,), group="neighborhood")
+        probes += record.probes("neighborhood_prompts", "locality", (true,), (new,), group="neighborhood")
     if "attribute" in include:
-        for prompt in record.texts("attribute_prompts"):
-            probes += record.probe(prompt, "locality", (new,), (true,), group="attribute")
-    if "generation" in include:  # the one probe without an answer that is no mistake; ROME repeats its prompts
+        probes += record.probes("attribute_prompts", "locality", (new,), (true,), group="attribute")
+    if "generation" in include:  # has no answers by design; ROME repeats its prompts
         for prompt in dict.fromkeys(record.texts("generation_prompts")):
             probes.append(Probe(prompt=prompt, kind="portability", group="generation"))
     if "portability" in include:
@@ -111,15 +108,12 @@ def read_counterfact_flat(record: Record) -> EditRequest:
     """CounterFact in EasyEdit's flat form (rephrase_prompt, locality_prompt, locality_ground_truth)."""
     new = record.text("target_new")
     true = tuple(answer for answer in record.answers("ground_truth") if answer != new)
-    probes: list[Probe] = []
-    for prompt in record.texts("rephrase_prompt"):
-        probes += record.probe(prompt, "rephrase", (new,), true, group="rephrase")
-    for prompt in record.texts("portability_prompt"):
-        probes += record.probe(prompt, "portability", record.answers("portability_ground_truth"), group="one_hop")
-    for prompt in record.texts("locality_prompt"):
-        probes += record.probe(
-            prompt, "locality", record.answers("locality_ground_truth"), (new,), group="neighborhood"
-        )
+    hop, near = record.answers("portability_ground_truth"), record.answers("locality_ground_truth")
+    probes = [
+        *record.probes("rephrase_prompt", "rephrase", (new,), true, group="rephrase"),
+        *record.probes("portability_prompt", "portability", hop, group="one_hop"),
+        *record.probes("locality_prompt", "locality", near, (new,), group="neighborhood"),
+    ]
     return record.request(
         prompt=record.text("prompt"),
         target_new=new,

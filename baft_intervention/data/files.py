@@ -1,14 +1,14 @@
-"""Bytes to rows: JSON, JSON Lines and CSV files, each row with its place for messages.
+"""Bytes to rows: JSON, JSON Lines and CSV files, whatever the benchmark.
 
-Nothing here knows a benchmark. A file becomes a :class:`Table`: rows in the file's order, each a raw value and
-the place where it stood, plus the SHA-256 of the bytes, which result files carry.
+A file becomes a :class:`Table`: its rows in order, each a raw value and its place for messages, and the SHA-256 of the
+bytes, which result files record.
 
-Traps that are handled here, once:
-    * a byte order mark; UTF-16 saved by a spreadsheet; bytes that are no UTF-8;
-    * JSON *lines* in a file called ``.json`` (ConvSent): decided by content, not by the name;
+Traps handled here:
+    * a byte order mark; UTF-16 saved by a spreadsheet; bytes that are not UTF-8;
+    * JSON *Lines* in a file that ends in ``.json`` (ConvSent): the content decides, not the name;
     * a truncated file: the message gives line and column;
-    * raw U+2028 inside a JSON string, at which ``str.splitlines`` would cut a JSON line in two;
-    * a CSV cell that holds an unquoted comma: the row has too many cells and is reported, not shifted.
+    * raw U+2028 inside a JSON string, where ``str.splitlines`` would cut a JSON line in two;
+    * an unquoted comma in a CSV cell: the row has too many cells and is reported, not shifted.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SUFFIXES = (".json", *JSON_LINES_SUFFIXES, *CSV_SUFFIXES)
 class RawRecord:
     """One raw record: its value, and its place (``record 3`` counts from 0, ``line 4`` from 1).
 
-    ``error`` is set where the row itself could not be parsed (a broken JSON line); ``value`` is then ``None``.
+    If the row could not be parsed (a broken JSON line), ``error`` says why and ``value`` is ``None``.
     """
 
     value: Any
@@ -46,13 +46,13 @@ class Table:
     """The rows of one source.
 
     Args:
-        name: how messages call the source: the path as it was given, a hub id, ``<list>``.
-        origin: the short form that requests keep: a file's name without its folder, so that results are the
-            same wherever the file lies.
-        rows: the records in the file's order. For a top-level object there are none; a format unwraps it.
-        document: the whole parsed value where the top level is an object, else ``None``.
-        sha256: of the file's bytes; of the canonical JSON of the rows where there is no file.
-        path: the path as given, empty where there is no file.
+        name: the source in messages: the path as given, a hub id, ``<list>``.
+        origin: the short form that requests keep: a file's name without its folder, so that results do not depend on
+            where the file is.
+        rows: the records in the file's order; empty for a top-level object, which a format unwraps.
+        document: the parsed value if the top level is an object, else ``None``.
+        sha256: of the file's bytes; without a file, of the canonical JSON of the rows.
+        path: the path as given; empty without a file.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Table:
 
 
 def sha256_of_rows(rows: Iterable[Any]) -> str:
-    """A hash of in-memory records: canonical JSON, one a line; values that JSON has not are written by ``str``."""
+    """SHA-256 of in-memory records as canonical JSON Lines; ``str`` writes what JSON cannot."""
     digest = hashlib.sha256()
     for row in rows:
         try:
@@ -79,7 +79,7 @@ def read_file(path: str | Path) -> Table:
     """Read a JSON, JSON Lines or CSV file.
 
     Raises:
-        DataError: no such file, not UTF-8, empty, not JSON (with line and column), a broken CSV header.
+        DataError: the file does not exist, is empty, not UTF-8, not JSON (with line and column), or has a broken CSV header.
     """
     name = str(path)
     path = Path(path)
@@ -107,7 +107,7 @@ def read_file(path: str | Path) -> Table:
 
 
 def decode(raw: bytes, name: str) -> str:
-    """Bytes as UTF-8 text, a byte order mark removed."""
+    """Decode UTF-8 and remove a byte order mark."""
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{name} is UTF-16; save it as UTF-8")
     try:
@@ -138,9 +138,9 @@ def _json_rows(text: str, name: str) -> tuple[tuple[RawRecord, ...], Any]:
         if _looks_like_lines(text):
             return _line_rows(text), None
         cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
-        mend = "the file ends in the middle of a value: it seems truncated, fetch it again" if cut else "mend it there"
+        advice = "the file seems truncated: it ends inside a value; download it again" if cut else "correct it there"
         place = f"{name}, line {error.lineno}, column {error.colno}"
-        raise DataError(f"{place}: not valid JSON ({error.msg}); {mend}") from None
+        raise DataError(f"{place}: not valid JSON ({error.msg}); {advice}") from None
     if isinstance(document, list):
         return tuple(RawRecord(value, f"record {i}") for i, value in enumerate(document)), None
     if isinstance(document, dict):
@@ -168,13 +168,13 @@ def _line_rows(text: str) -> tuple[RawRecord, ...]:
         try:
             rows.append(RawRecord(_loads(line), f"line {number}"))
         except json.JSONDecodeError as error:
-            problem = f"column {error.colno}: not valid JSON ({error.msg}); one complete object a line is expected"
+            problem = f"column {error.colno}: not valid JSON ({error.msg}); each line must be one complete object"
             rows.append(RawRecord(None, f"line {number}", problem))
     return tuple(rows)
 
 
 def _csv_rows(text: str, name: str, delimiter: str | None) -> tuple[RawRecord, ...]:
-    if delimiter is None:  # spreadsheets of half the world write semicolons
+    if delimiter is None:  # spreadsheets write semicolons where the decimal separator is a comma
         head = text.lstrip("\r\n").split("\n", 1)[0]
         delimiter = max(",;\t", key=head.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
@@ -195,10 +195,10 @@ def _csv_rows(text: str, name: str, delimiter: str | None) -> tuple[RawRecord, .
                     )
                 if twice := [cell for i, cell in enumerate(header) if cell in header[:i]]:
                     raise DataError(
-                        f"{name}, line {number}: column {twice[0]!r} occurs twice; name it {twice[0]}_2, say"
+                        f"{name}, line {number}: column {twice[0]!r} occurs twice; rename one, e.g. {twice[0]}_2"
                     )
             elif len(cells) > len(header):
-                problem = f"{len(cells)} cells, but the header names {len(header)} columns; quote a text that holds {delimiter!r}"
+                problem = f"{len(cells)} cells, but {len(header)} columns; quote each text that contains {delimiter!r}"
                 rows.append(RawRecord(None, f"line {number}", problem))
             else:
                 values = [cell or None for cell in cells] + [None] * (len(header) - len(cells))
@@ -215,7 +215,7 @@ def rows_of_values(values: Iterable[Any]) -> tuple[RawRecord, ...]:
 
 
 def kind_of(value: object) -> str:
-    """A JSON value's type in the words of a JSON file."""
+    """A JSON value's type for messages, e.g. "an object"."""
     names = {type(None): "null", bool: "a boolean", str: "a text", list: "a list", tuple: "a list"}
     if isinstance(value, Mapping):
         return "an object"

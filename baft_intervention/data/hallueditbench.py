@@ -1,6 +1,6 @@
 """HalluEditBench (Huang et al. 2025, arXiv 2410.16251): facts that a chat model gets wrong, asked in many forms.
 
-One CSV file a topic (``places_city.csv``). The columns that are read, with an example and the probe that each becomes:
+One CSV file for each topic (``places_city.csv``). The columns that are read, with an example and what each becomes:
 
 ======================================  ============================================  ==============================
 column                                  example                                       becomes
@@ -15,14 +15,14 @@ column                                  example                                 
 ``locality_question``                   What is a famous landmark in Toronto?         locality / same_subject
 ======================================  ============================================  ==============================
 
-The benchmark scores free generation in chat and counts the reversed question as generality. ``target_true`` holds what
-*that* model said before; another model may have said something else.
+The benchmark scores free generation in chat and counts the reversed question as generality. ``target_true`` holds the
+answer of *that* model; another model may answer differently.
 
 Traps:
     * ``multiple_choice_with_letters`` holds the choices alone, so the probe puts the question before them.
-    * A yes/no or multiple-choice probe does not ask for the target but for ``Yes``, ``No`` or a letter. Accuracy on it at
-      chance is 50 or 25 %, so read these groups apart from ``paraphrase``.
-    * The file has no answer of the locality question: the probe compares with the unedited model.
+    * The answer to a yes/no or multiple-choice probe is not the target but ``Yes``, ``No`` or a letter. Chance accuracy is
+      50 or 25 %, so read these groups apart from ``paraphrase``.
+    * The locality question has no answer in the file; the probe compares with the unedited model.
     * Some locality questions are about the answer, not the subject ("a popular product developed by Apple").
     * A topic may hold several facts of one subject.
 """

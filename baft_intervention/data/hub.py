@@ -1,11 +1,10 @@
 """Records from Hugging Face ``datasets``: a loaded ``Dataset`` or a hub id.
 
-``datasets`` is an optional extra and imported only here, when it is needed. Reading a hub id is
-``datasets.load_dataset(id, **hub)``; no code of the repository is ever run.
+``datasets`` is an optional extra, imported only when a hub id is read. A hub id is read by
+``datasets.load_dataset(id, **hub)``, which never runs code of the repository.
 
-Traps: Arrow gives every record the same columns, so absent fields come as ``None`` (readers treat null as absent), and a
-column of texts *and* lists cannot be loaded at all; a file loaded with ``load_dataset("json", …)`` is called split
-``train``, whatever it is.
+Traps: Arrow gives every record the same columns, so absent fields are ``None`` (readers treat null as absent), and it
+cannot load a column of texts *and* lists; ``load_dataset("json", …)`` names any file's split ``train``.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")
 
 
 def is_hub_id(source: str) -> bool:
-    """``hub:anything``, or ``owner/name`` that is no file here and has no data file's suffix."""
+    """Whether it is ``hub:anything``, or ``owner/name`` that neither exists as a file nor ends like a data file."""
     if source.startswith(PREFIX):
         return True
     return bool(_HUB_ID.fullmatch(source)) and Path(source).suffix.lower() not in SUFFIXES and not Path(source).exists()
 
 
 def is_dataset(source: object) -> bool:
-    """Whether it is an object of ``datasets``; asks without importing it."""
+    """Whether it is an object of ``datasets``, which this does not import."""
     module = sys.modules.get("datasets")
     names = ("Dataset", "IterableDataset", "DatasetDict", "IterableDatasetDict")
     kinds = tuple(kind for name in names if isinstance(kind := getattr(module, name, None), type))
@@ -43,11 +42,11 @@ def read_hub(source: str, hub: Mapping[str, Any] | None = None) -> Table:
     """Load a hub id through ``datasets.load_dataset``.
 
     Args:
-        source: ``owner/name``, or ``hub:`` and whatever ``load_dataset`` takes (a folder of data files, too).
-        hub: its keyword arguments: ``name``, ``split``, ``revision``, ``data_files``, …
+        source: ``owner/name``, or ``hub:`` followed by what ``load_dataset`` takes (also a folder of data files).
+        hub: keyword arguments of ``load_dataset``: ``name``, ``split``, ``revision``, ``data_files``, …
 
     Raises:
-        DataError: ``datasets`` is not installed, there is no such data set, or it has several splits and none was named.
+        DataError: ``datasets`` is not installed, the data set does not exist, or it has several splits and none is named.
     """
     name, arguments = source.removeprefix(PREFIX), dict(hub or {})
     if "trust_remote_code" in arguments:
@@ -56,21 +55,21 @@ def read_hub(source: str, hub: Mapping[str, Any] | None = None) -> Table:
         import datasets
     except ImportError:
         raise DataError(
-            f"{source}: neither a file here, nor can the hub be asked: 'datasets' is not installed "
-            "(pip install 'baft_intervention[data]'); or check the path"
+            f"{source}: there is no such file, and reading it from the hub needs 'datasets' "
+            "(pip install 'baft_intervention[data]'); install it, or check the path"
         ) from None
     try:
         loaded = datasets.load_dataset(name, **arguments)
-    except Exception as error:  # the hub raises everything from OSError to its own classes
+    except Exception as error:  # OSError, ValueError and many classes of its own
         first = (str(error).strip() or "no message").splitlines()[0]
         raise DataError(
-            f"{source}: no such file here, and datasets.load_dataset({name!r}) failed: {type(error).__name__}: {first}"
+            f"{source}: there is no such file, and datasets.load_dataset({name!r}) failed: {type(error).__name__}: {first}"
         ) from error
     return read_dataset(loaded, name)
 
 
 def read_dataset(dataset: Any, name: str = "<datasets.Dataset>") -> Table:
-    """The rows of a ``Dataset``; of a ``DatasetDict`` only where it has a single split."""
+    """The rows of a ``Dataset``, or of a ``DatasetDict`` with a single split."""
     if isinstance(dataset, Mapping):
         splits = list(dataset)
         if len(splits) != 1:
@@ -85,7 +84,7 @@ def read_dataset(dataset: Any, name: str = "<datasets.Dataset>") -> Table:
 
 
 def hub_split(hub: Mapping[str, Any] | None) -> Split | None:
-    """The split that ``load_dataset``'s arguments name; data files count before the split's name."""
+    """The split that the arguments of ``load_dataset`` name; a data file's name counts more than ``split``."""
     hub = hub or {}
     files = hub.get("data_files")
     if isinstance(files, (str, Path)):

@@ -6,21 +6,20 @@ The common record::
      "portability": {"Reasoning": [{"prompt": "…", "ground_truth": …}], "Subject_Aliasing": […], "Logical_Generalization": […]},
      "locality":    {"Relation_Specificity": […], "Forgetfulness": […]}}
 
-``rephrase_prompt`` (ZsRE only) becomes a ``rephrase`` probe, a group under ``portability`` or ``locality`` probes of that
-kind under the file's own group name. What the names mean:
+``rephrase_prompt`` (ZsRE only) becomes a ``rephrase`` probe. Each group under ``portability`` or ``locality`` becomes probes
+of that kind and keeps the file's group name:
 
-* ``Subject_Aliasing``: the same question with another name of the subject. A paraphrase in all but name, but
-  KnowEdit counts it as portability, and so do we.
+* ``Subject_Aliasing``: the same question with another name of the subject; KnowEdit counts it as portability.
 * ``Reasoning``, ``Logical_Generalization``: one hop further; a consequence such as the inverse relation.
-* ``Relation_Specificity``: the same subject, another relation: nothing may move.
-* ``Forgetfulness``: the same relation where it has several values ("… which is not *new* …"): the old stays.
+* ``Relation_Specificity``: the same subject, another relation; its answer must stay.
+* ``Forgetfulness``: a relation with several values ("… which is not *new* …"); the old values must stay.
 
 Traps:
-    * ``ground_truth`` is a text, a list, or a list of alias lists, file by file and item by item; some alias lists
-      are empty. EasyEdit scores ``ground_truth[0][0]``; so does whoever takes the first of ``answers``.
-    * WikiData_recent's facts are true and new: there is no ``ground_truth`` of the edit.
-    * Some ZsRE prompts occur twice, and a few do not hold their subject literally.
-    * About 20 of the WikiData questions of portability have no answer at all; they are dropped and counted.
+    * ``ground_truth`` is a text, a list, or a list of alias lists, which differs between files and items; some alias lists
+      are empty. EasyEdit scores ``ground_truth[0][0]``, which is the first of ``answers``.
+    * WikiData_recent's facts are true and new, so the edit has no ``ground_truth``.
+    * Some ZsRE prompts occur twice, and a few do not contain their subject literally.
+    * About 20 portability questions of WikiData have no answer; they are dropped and counted.
     * WikiBio's prompt is a passage whose continuation is the target; its subject is lower-case, from the URL.
 """
 
@@ -50,7 +49,7 @@ def read_groups(record: Record, name: str, kind: ProbeKind) -> list[Probe]:
 
 
 def without(answers: tuple[str, ...], target: str) -> tuple[str, ...]:
-    """Old answers less the new one: some records edit a fact to what is true already."""
+    """Old answers without the new one: some records edit a fact to what is already true."""
     return tuple(answer for answer in answers if answer != target)
 
 
@@ -76,11 +75,12 @@ def _task(row: Mapping[str, Any]) -> str:
 def read_knowedit(record: Record) -> EditRequest:
     """KnowEdit's ZsRE, WikiData_counterfact and WikiData_recent (prompt, target_new, locality, portability)."""
     prompt, target = record.text("prompt"), record.text("target_new")
-    probes: list[Probe] = []
-    for rephrase in record.texts(record.first_of("rephrase_prompt", "rephrase")):
-        probes += record.probe(rephrase, "rephrase", (target,), group="rephrase")
-    probes += read_groups(record, "portability", "portability")
-    probes += read_groups(record, "locality", "locality")
+    rephrase = record.first_of("rephrase_prompt", "rephrase")
+    probes = [
+        *record.probes(rephrase, "rephrase", (target,), group="rephrase"),
+        *read_groups(record, "portability", "portability"),
+        *read_groups(record, "locality", "locality"),
+    ]
     return record.request(
         prompt=prompt,
         target_new=target,
@@ -118,10 +118,10 @@ def read_sanitation(record: Record) -> EditRequest:
     """KnowEdit's Sanitation ({"success": [...], "locality": [...]}): TriviaQA answers to be forgotten.
 
     Each question under ``success`` is a request with the file's target ("I don't know."); its old answer is
-    ``target_true``. There is no subject and no paraphrase. The questions under ``locality`` are about other things
-    altogether, so they are ``unrelated`` probes (group ``trivia_qa``): record ``i`` of ``n`` gets every ``n``-th from
-    ``i`` on, so that the whole file asks each of them once. The question is the prompt as it stands; EasyEdit
-    puts a template around it that depends on the model. The training file names the two parts ``K_F`` and ``K_R``.
+    ``target_true``. Records have no subject and no paraphrase. The questions under ``locality`` are about other things, so
+    they become ``unrelated`` probes (group ``trivia_qa``): record ``i`` of ``n`` gets every ``n``-th from ``i`` on, so the
+    whole file asks each once. The prompt is the bare question; EasyEdit wraps it in a template that depends on the
+    model. The training file names the two parts ``K_F`` and ``K_R``.
     """
     target = record.text("target_new")
     probes: list[Probe] = []
@@ -136,7 +136,7 @@ def read_sanitation(record: Record) -> EditRequest:
 
 
 def _other_questions(record: Record) -> list[Record]:
-    """This record's share of the questions that must not move."""
+    """This record's share of the questions whose answers must stay."""
     if not isinstance(record.document, Mapping):
         return []
     name = next(

@@ -4,14 +4,14 @@
      "prediction": " of Antarctica. It is the largest of the three", "relation_id": "P30",
      "prompt": "Vinson Massif is located in the continent of"}
 
-There is nothing to edit in it. It serves as a pool of statements that a model may already answer, for calibration, causal tracing
-and edits of known facts. The option ``target`` makes requests of it:
+The file proposes no edits. It is a pool of statements that a model may already complete, for calibration, causal tracing
+and edits of known facts. The option ``target`` chooses what a request edits to:
 
 * ``known``: ``target_new`` is the true ``attribute`` (an edit that should change nothing);
-* ``counterfactual``: ``target_new`` is the attribute of another record of the same relation, drawn by ``seed``, and the true
-  one is ``target_true``.
+* ``counterfactual``: ``target_new`` is the attribute of another record with the same relation, drawn by ``seed``, and
+  ``target_true`` is the true one.
 
-``template`` is the beginning of ``prompt``, not another wording of it, so there are no probes.
+``template`` is the beginning of ``prompt``, not another wording of it, so requests have no probes.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def read_known(record: Record, *, target: Literal["known", "counterfactual"] = "
 
     Args:
         record: the record.
-        target: ``known`` teaches the true attribute, ``counterfactual`` another one of the same relation.
-        seed: for the draw.
+        target: ``known`` trains the true attribute, ``counterfactual`` another one of the same relation.
+        seed: draws that other attribute.
     """
     subject, attribute, prompt = record.text("subject"), record.text("attribute"), record.text("prompt")
     new, true = attribute, ()
@@ -53,7 +53,7 @@ def _other_attribute(record: Record, attribute: str, seed: int) -> str:
     found -= {attribute, ""}
     if not found:
         raise record.error(
-            "relation_id", f"is {relation!r}, of which no record has another attribute; load with target='known'"
+            "relation_id", f"is {relation!r}, and no record with it has another attribute; load with target='known'"
         )
     key = f"{seed}\0{record.text('prompt')}\0"
     return min(found, key=lambda text: hashlib.sha256((key + text).encode("utf-8", "surrogatepass")).digest())

@@ -1,4 +1,4 @@
-"""``load_requests``: any source, any format, one result that says where everything came from."""
+"""``load_requests``: read edit requests from any source in any format, and record where they came from."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from .unrelated import GROUP, Texts, attach_unrelated, choose_questions, normali
 
 logger = logging.getLogger(__name__)
 
-# questions in the pool that all requests of a run share: enough for a mean, few enough to be answered once in seconds
+# questions that all requests of a run share: enough for a mean, and the model answers them in seconds
 UNRELATED_POOL = 256
 
 
 @dataclass(frozen=True)
 class LoadedData:
-    """Requests, and everything that a result file must say about them.
+    """Requests, and what a result file must record about them.
 
     Args:
         requests: in the source's order; their ids are unique.
         task: the benchmark, e.g. ``zsre``.
-        format: the shape in which it came, e.g. ``zsre_mend``.
+        format: its format, e.g. ``zsre_mend``.
         path: the path or hub id as given; empty for records passed in memory.
-        sha256: of the file's bytes; of the canonical JSON of the records where there is no file.
-        split: train, validation or test, where the file's name tells.
+        sha256: of the file's bytes; without a file, of the canonical JSON of the records.
+        split: train, validation or test, if the file's name says so.
         options: every option in force: the format's (MEND's ``target``, ConvSent's ``direction``), limit, seed, unrelated pool.
-        records: usable records in the source, before ``limit``.
-        bad: messages of the records that were skipped.
-        notes: counts of what was noticed and is no error (probes without an answer, subjects that are not in the prompt).
+        records: number of usable records in the source, before ``limit``.
+        bad: error messages of the skipped records.
+        notes: counts of oddities that are not errors (probes without an answer, subjects that are not in the prompt).
     """
 
     requests: tuple[EditRequest, ...]
@@ -70,12 +70,12 @@ class LoadedData:
         return dict(sorted(Counter(f"{p.kind}/{p.group}" for r in self.requests for p in r.probes).items()))
 
     def without(self, other: LoadedData | Iterable[str]) -> LoadedData:
-        """The data less every case that shares a prompt, a rephrase or a subject with ``other``.
+        """The data without the cases that share a prompt, a rephrase or a subject with ``other``.
 
-        Choose settings on what this leaves of a file that has questions in common with the test file, see ``splits.py``.
+        Use it before choosing settings on a file that has questions in common with the test file, see ``splits.py``.
 
         Args:
-            other: another data set, or a list of prompts (which has no subjects).
+            other: another data set, or a list of prompts.
         """
         if isinstance(other, LoadedData):
             prompts = [prompt for request in other.requests for prompt in _wordings(request)]
@@ -94,7 +94,7 @@ class LoadedData:
         return replace(self, requests=requests, options=options)
 
     def describe(self) -> dict[str, Any]:
-        """What a result file records, as plain JSON values; the requests themselves only by number and ids' hash."""
+        """What a result file records, as plain JSON values: of the requests only their number and the hash of their ids."""
         ids = hashlib.sha256(
             "\n".join(request.id for request in self.requests).encode("utf-8", "surrogatepass")
         ).hexdigest()
@@ -116,7 +116,7 @@ class LoadedData:
 
 
 def case_indices(requests: Sequence[EditRequest]) -> list[tuple[int, ...]]:
-    """Indices of the requests that are applied together: neighbours with one non-empty ``case_id``; else one by one."""
+    """Indices of the requests that are applied together: neighbours with the same non-empty ``case_id``, or single ones."""
     cases: list[list[int]] = []
     for i, request in enumerate(requests):
         if cases and request.case_id and requests[cases[-1][-1]].case_id == request.case_id:
@@ -149,21 +149,22 @@ def load_requests(
     Args:
         source: a path (JSON, JSON Lines, CSV), a ``datasets.Dataset``, a hub id (``owner/name`` or ``hub:name``), or a
             list of objects or :class:`EditRequest`.
-        task: the benchmark (``zsre``, ``counterfact``, …) or a format's name; recognised by the records' fields where None.
-        limit: how many records (MQuAKE: cases) to take: the first ones, or with a seed that seed's draw, in the file's
-            order. The whole file is checked in either case, and a smaller draw is part of a larger one.
-        seed: for that draw, for what the format draws (ConvSent's direction), and for the unrelated pool; 0 where None.
-        skip_bad: leave malformed records out, log and count them, instead of raising at the first.
+        task: the benchmark (``zsre``, ``counterfact``, …) or a format's name; by default recognised by the records' fields.
+        limit: how many records (MQuAKE: cases) to take: the first ones, or with a seed a random subset in the file's
+            order. The whole file is checked either way; a smaller subset is part of a larger one.
+        seed: draws that subset, what the format draws (ConvSent's direction), and the unrelated pool; None counts as 0
+            for the last two.
+        skip_bad: skip malformed records, with a warning for each, instead of raising at the first.
         unrelated: a file or list of questions that have nothing to do with the edits, see ``unrelated.py``.
-        unrelated_per_record: how many of them each request is asked.
-        unrelated_pool: how many of them the whole run shares (at most what the file holds).
-        unrelated_exclude: questions not to be asked since training has seen them.
+        unrelated_per_record: number of these questions for each request.
+        unrelated_pool: number of these questions that the whole run shares, at most all.
+        unrelated_exclude: questions to leave out because training has seen them.
         hub: keyword arguments of ``datasets.load_dataset`` for a hub id: ``split``, ``name``, ``revision``, ``data_files``.
         **options: the format's own options, e.g. ``target="answers"`` for ZsRE in MEND's form.
 
     Raises:
-        DataError: an unreadable source, an unknown task or option, a malformed record (without ``skip_bad``), or no usable
-            record at all. Messages name file, record or line, and field.
+        DataError: the source cannot be read, the task or an option is unknown, a record is malformed (without
+            ``skip_bad``), or no record is usable. Messages name file, record or line, and field.
     """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise DataError(f"limit is {limit!r}; it must be a whole number of at least 1, or None for all records")
@@ -209,7 +210,7 @@ def load_requests(
 
 
 def load_facts() -> tuple[EditRequest, ...]:
-    """The few everyday facts that come with the library, with probes: for a first try and for tests."""
+    """A few everyday facts with probes that come with the library, for a first try and for tests."""
     table = replace(read_file(Path(__file__).with_name("facts.json")), name="facts.json", path="")
     parsed = parse_table(table, "own", {}, seed=None, skip_bad=False)
     return tuple(request for record in parsed.records for request in record)
@@ -217,7 +218,7 @@ def load_facts() -> tuple[EditRequest, ...]:
 
 @dataclass(frozen=True)
 class ParsedTable:
-    """All records of a source, each as its requests, before any selection."""
+    """All records of a source, each as its requests, before ``limit``."""
 
     records: tuple[tuple[EditRequest, ...], ...]
     task: str
@@ -234,7 +235,7 @@ def read_table(source: Any, hub: Mapping[str, Any] | None = None) -> Table:
     if isinstance(source, str) and is_hub_id(source):
         return read_hub(source, hub)
     if hub:
-        raise DataError(f"hub options {sorted(hub)} were given, but the source is no hub id: {str(source)[:80]!r}")
+        raise DataError(f"hub options {sorted(hub)} were given, but the source is not a hub id: {str(source)[:80]!r}")
     if isinstance(source, (str, Path)):
         return read_file(source)
     if is_dataset(source):
@@ -252,7 +253,7 @@ def read_table(source: Any, hub: Mapping[str, Any] | None = None) -> Table:
 def parse_table(
     table: Table, task: str | None, options: Mapping[str, Any], *, seed: int | None, skip_bad: bool
 ) -> ParsedTable:
-    """Every record of a table read by its format; ids made unique over the whole table."""
+    """Read every record of a table with its format, and make the ids unique over the whole table."""
     if not table.rows and table.document is None:
         raise DataError(f"{table.name} holds no records")
     raw = [row.value for row in table.rows]
@@ -279,7 +280,7 @@ def parse_table(
             logger.warning("skipped: %s", error)
             bad.append(str(error))
     if not found:
-        raise DataError(f"{table.name}: none of its {len(bad)} records can be used; the first: {bad[0]}")
+        raise DataError(f"{table.name}: none of its {len(bad)} records can be used; the first error: {bad[0]}")
     return ParsedTable(_unique_ids(found, notes), name, fmt, values, tuple(bad), notes)
 
 
@@ -292,7 +293,7 @@ def _read_row(
     options: Mapping[str, Any],
     notes: Counter[str],
 ) -> list[EditRequest]:
-    own_notes: Counter[str] = Counter()  # a bad record leaves none behind
+    own_notes: Counter[str] = Counter()  # those of a bad record do not count
     record = Record.of_row(table, row, position, raw, own_notes)
     try:
         requests = record_requests(fmt, record, options)
@@ -300,7 +301,7 @@ def _read_row(
         raise
     except RequestError as error:
         raise record.wrapped(error) from None
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:  # a reader registered from outside
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:  # in a user's reader
         raise DataError(
             f"{record.place}: the reader of format {fmt.name!r} failed: {type(error).__name__}: {error}"
         ) from error
@@ -309,7 +310,7 @@ def _read_row(
 
 
 def _unique_ids(records: Sequence[Sequence[EditRequest]], notes: Counter[str]) -> tuple[tuple[EditRequest, ...], ...]:
-    """Ids made unique by ``-2``, ``-3``, … in the source's order: some benchmarks hold an edit twice."""
+    """Append ``-2``, ``-3``, … to ids that occur again, in the source's order: some benchmarks hold an edit twice."""
     seen: set[str] = set()
     last: Counter[str] = Counter()
     found = []

@@ -6,16 +6,16 @@
      "new_single_hops": [{"question", "cloze", "answer", "answer_alias"}, …], "single_hops": […]}
 
 One record is a *case*: a chain of facts, several of which are edited, and a question that needs the whole chain. Each edit
-becomes a request; all carry the record's ``case_id`` and must be applied together before anything is asked. The probes:
+becomes a request with the record's ``case_id``; requests of one case are applied together before any probe. The probes:
 
 * each edit's own question and cloze (kind ``rephrase``, group ``single_hop``), with the aliases of the new chain;
 * hops of the new chain that no edit touches (kind ``portability``, group ``single_hop``), on the case's last request;
 * the multi-hop question in its three wordings (kind ``portability``, group ``multi_hop``), on the case's **last** request, so
-  that they are asked once and, when edits are scored one after another, only when all of the case's edits are in.
-  The published multi-hop accuracy counts a case as right where *any* of the three is.
+  they are asked once, after all edits of the case.
+  The published multi-hop accuracy counts a case as right if *any* of the three is.
 
-Traps: edits of different cases contradict each other (one language for one country here, another there), so cases
-cannot all be held at once; MQuAKE-hard's chains all have four edits; prompts carry typing errors ("origianl").
+Traps: edits of different cases contradict each other, so an adapter cannot hold all cases at once; MQuAKE-hard's chains all
+have four edits; prompts contain typing errors ("origianl").
 """
 
 from __future__ import annotations
@@ -77,9 +77,7 @@ def read_mquake(record: Record) -> list[EditRequest]:
     last = edits[-1][2]
     for question, hop in hops.items():
         last += record.probe(question, "portability", _with_aliases(hop, "answer", "answer_alias"), group="single_hop")
-    questions = record.texts("questions")
-    if questions:
+    if record.texts("questions"):
         answers = _with_aliases(record, "new_answer", "new_answer_alias")
-        for question in questions:
-            last += record.probe(question, "portability", answers, group="multi_hop")
+        last += record.probes("questions", "portability", answers, group="multi_hop")
     return [rewrite.request(**values, probes=tuple(probes)) for rewrite, values, probes in edits]

@@ -1,21 +1,21 @@
-"""One's own facts: plain JSON, JSON Lines or CSV.
+"""Your own facts: plain JSON, JSON Lines or CSV.
 
-The least that works is a prompt and an answer; everything else is optional::
+A record needs a prompt and an answer; everything else is optional::
 
     [{"prompt": "The capital of Japan is", "target_new": "Osaka", "subject": "Japan", "target_true": ["Tokyo"],
       "rephrase": ["Japan's capital is"],
       "portability": [{"prompt": "The capital of Mount Fuji's country is", "answers": ["Osaka"]}],
       "locality": [{"prompt": "The capital of France is", "answers": ["Paris"]}]}]
 
-The same as JSON Lines (one object a line), or as CSV with a header; a column may be repeated with a number behind it::
+JSON Lines has one such object on each line. CSV has a header; numbered columns repeat a field::
 
     prompt,target_new,subject,target_true,rephrase,rephrase_2,locality_prompt,locality_answer
     The capital of Japan is,Osaka,Japan,Tokyo,Japan's capital is,The seat of Japan's government is,The capital of France is,Paris
 
 A prompt may be a conversation, ``[{"role": "user", "content": "What is the capital of Japan?"}]``.
 
-What :meth:`EditRequest.to_dict` writes is read back unchanged. Unlike the benchmarks' readers this one knows every field
-that may occur, so that a misspelt one is an error that names the right one, not a probe that silently is not there.
+What :meth:`EditRequest.to_dict` writes is read back unchanged. Unlike the benchmarks' readers, this one knows every field
+that may occur, so a misspelt field is an error that names the right one, not a missing probe.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .files import kind_of
 from .record import Record
 from .registry import register_format
 
-# other words for a field, each with the right one
+# field -> other words for it, which the error for an unknown field recognises
 SYNONYMS = {
     "target_new": (
         *("target", "new", "new_target", "answer", "new_answer", "object", "completion", "output", "label", "targets"),
@@ -62,7 +62,7 @@ _NUMBERED = re.compile(r"(rephrase|(?:portability|locality|unrelated)_(?:prompt|
 
 
 def _is_own(row: Mapping[str, Any]) -> bool:
-    # one of the two is enough: a misspelt field is then an error that names it, not an unknown format
+    # one of the two is enough, so that misspelling the other is an error that names it, not an unknown format
     return "prompt" in row or "target_new" in row
 
 
@@ -70,7 +70,7 @@ def _is_own(row: Mapping[str, Any]) -> bool:
 def read_own(record: Record) -> EditRequest:
     """A user's own facts (prompt, target_new, and optionally subject, target_true, rephrase, locality, portability, probes)."""
     numbered = _check_fields(record)
-    # EditRequest.to_dict must come back unchanged, so nothing is stripped here; CSV cells were when they were read
+    # not stripped, so that EditRequest.to_dict is read back unchanged; CSV cells are stripped already
     prompt, target = _prompt(record), record.text("target_new", strip=False)
     probes = _given_probes(record)
     for name, _ in numbered["rephrase"]:
@@ -104,13 +104,13 @@ def read_own(record: Record) -> EditRequest:
 
 
 def _prompt(record: Record) -> Any:
-    """A text, or a conversation: a list of messages, which the request itself checks."""
+    """A text, or a conversation (a list of messages, which the request checks)."""
     value = record.data.get("prompt")
     return value if isinstance(value, list) else record.text("prompt", strip=False)
 
 
 def _check_fields(record: Record) -> dict[str, list[tuple[str, str]]]:
-    """Unknown fields are an error; the numbered ones are returned as (name, number), in the numbers' order."""
+    """Refuse unknown fields; return the numbered ones as (name, number), ordered by number."""
     numbered: dict[str, list[tuple[str, str]]] = {name: [] for name in ("rephrase", *_FLAT_FIELDS)}
     for name, value in record.data.items():
         match = _NUMBERED.fullmatch(name) if isinstance(name, str) else None
@@ -136,7 +136,7 @@ def _suggestion(name: str) -> str:
 
 
 def _given_probes(record: Record) -> list[Probe]:
-    """The probes of :meth:`EditRequest.to_dict`, kept as they are; ``answer`` and ``ground_truth`` also name the answers."""
+    """Probes in the form of :meth:`EditRequest.to_dict`; ``answer`` and ``ground_truth`` also name the answers."""
     probes: list[Probe] = []
     for item in record.children("probes"):
         values = dict(item.data)
@@ -153,7 +153,7 @@ def _given_probes(record: Record) -> list[Probe]:
             )
         item.text("prompt")
         try:
-            probes.append(Probe.from_dict(values, where=f"{record.place}: field {item.path.rstrip('.')!r}: "))
+            probes.append(Probe.from_dict(values, source=f"{record.place}: field {item.path.rstrip('.')!r}: "))
         except RequestError as error:
             raise item.wrapped(error) from None
     return probes

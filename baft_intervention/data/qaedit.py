@@ -5,14 +5,13 @@
      "locality": [{"loc": "who is the saint that protects police officers", "loc_ans": "Michael"}, …]}
 
 The target is the true answer, so a record has no old answer. The benchmark scores free generation; teacher-forced token
-accuracy of the same records is far higher.
+accuracy on the same records is far higher.
 
 Traps:
-    * ``locality`` holds Natural Questions about other things: ``unrelated`` probes (group ``nq``). They have lost their
-      question mark, which the reader adds.
+    * ``locality`` holds Natural Questions about other things: ``unrelated`` probes (group ``nq``). The reader adds the
+      missing question marks.
     * ``subject`` is often a whole clause rather than an entity.
-    * A few targets carry marks of the web page they came from (``Wilt Chamberlain *``); the reader keeps them, as the
-      benchmark does.
+    * A few targets carry marks of their web page (``Wilt Chamberlain *``); the reader keeps them, as the benchmark does.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..requests import EditRequest, Probe
+from ..requests import EditRequest
 from .record import Record
 from .registry import register_format
 from .zsre_mend import NQ_PREFIX, plain_question
@@ -36,9 +35,7 @@ def _is_qaedit(row: Mapping[str, Any]) -> bool:
 def read_qaedit(record: Record) -> EditRequest:
     """QAEdit (prompt, target, subject, rephrase, locality with loc and loc_ans)."""
     target = record.text("target")
-    probes: list[Probe] = []
-    for prompt in record.texts("rephrase"):
-        probes += record.probe(prompt, "rephrase", (target,), group="rephrase")
+    probes = record.probes("rephrase", "rephrase", (target,), group="rephrase")
     for item in record.children("locality"):
         question = plain_question(f"{NQ_PREFIX} {item.text('loc')}")
         probes += item.probe(question, "unrelated", item.answers("loc_ans"), group="nq")

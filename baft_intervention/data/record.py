@@ -1,6 +1,6 @@
-"""One raw record with its place, read field by field: every problem is a :class:`DataError` that names both.
+"""One raw record, read field by field; every problem is a :class:`DataError` that names the record and the field.
 
-A reader of a format asks a :class:`Record` for what it needs::
+The reader of a format asks a :class:`Record` for what it needs::
 
     record.text("prompt")                 # a non-empty text, stripped; else DataError
     record.answers("ground_truth")        # all aliases, flat, in order; () where there are none
@@ -8,13 +8,13 @@ A reader of a format asks a :class:`Record` for what it needs::
     record.request(prompt=..., target_new=..., probes=[*record.probe(...), ...])
 
 Rules that hold for every format:
-    * texts are stripped at both ends: a trailing space of a prompt would become a token of its own, and the last
-      prompt token, where edits sit, would be that space. Prompt and answer are joined by one space later.
-    * an answer may be a number (a year); it becomes text. ``null`` is "not given". A boolean is an error.
-    * answers may be a text, a list of texts, or a list of alias lists (Wikidata: several right values, each with
-      its aliases). They become one flat tuple in the file's order: the first is scored by teacher forcing, any
-      counts where text is matched. Empty ones are left out, repeated ones kept once.
-    * a rephrase or portability question without any answer cannot be scored: it is dropped and counted in
+    * Texts are stripped at both ends. A trailing space would become the last token of the prompt, which is where edits
+      act. One space joins prompt and answer later.
+    * An answer may be a number (a year); it becomes text. ``null`` means "not given". A boolean is an error.
+    * Answers may be a text, a list of texts, or a list of alias lists (Wikidata: several right values, each with
+      its aliases). They become one flat tuple in the file's order, without empty and repeated ones. Teacher forcing scores
+      the first; metrics that match text accept any.
+    * A rephrase or portability question without an answer cannot be scored: it is dropped and counted in
       ``notes``. A locality question without one stays, since it is compared with the unedited model.
 """
 
@@ -33,8 +33,7 @@ from .files import RawRecord, Table, kind_of
 
 DROPPED_PROBE = "probe without an answer dropped"
 SUBJECT_ABSENT = "subject not in prompt"
-# longest piece of an offending value that a message shows
-_SHOWN = 80
+_SHOWN = 80  # characters of an offending value that a message shows
 _REPR = reprlib.Repr()  # a plain repr of a deeply nested value would exhaust the stack
 _REPR.maxstring = _REPR.maxother = _SHOWN
 
@@ -45,13 +44,13 @@ class Record:
 
     Args:
         data: the record's fields.
-        place: file and record, to begin a message with: ``data/edits.json, record 3``.
+        place: file and record, the prefix of messages: ``data/edits.json, record 3``.
         origin: the same without the folder; requests keep it.
-        position: the record's index in the source, from 0.
+        position: the record's index in the source, counted from 0.
         siblings: the raw values of all records of the source, for formats whose records refer to others.
-        document: the whole top-level object where the source is one (Sanitation), else ``None``.
-        path: the fields that led here, for messages: ``requested_rewrite.target_new.``
-        notes: counts of what was noticed and is no error, shared by all records of a source.
+        document: the top-level object if the source is one (Sanitation), else ``None``.
+        path: the fields that lead to a nested record, for messages: ``requested_rewrite.target_new.``
+        notes: counts of oddities that are not errors, shared by all records of a source.
     """
 
     data: Mapping[str, Any]
@@ -70,7 +69,7 @@ class Record:
         """The record of one row.
 
         Raises:
-            DataError: the row could not be parsed, or is no object.
+            DataError: the row could not be parsed, or is not an object.
         """
         place = f"{table.name}, {row.place}"
         if row.error:
@@ -86,16 +85,16 @@ class Record:
         return DataError(f"{self.place}: field {self.path + name!r} {problem}")
 
     def wrapped(self, error: Exception) -> DataError:
-        """Another error of this record, its place put in front where it is not there yet."""
+        """An error as a :class:`DataError` whose message starts with this record's place."""
         text = str(error)
         return DataError(text if text.startswith(self.place) else f"{self.place}: {text}")
 
     def has(self, name: str) -> bool:
-        """Whether the field is there and not null (a ``datasets.Dataset`` fills absent fields with null)."""
+        """Whether the field exists and is not null (a ``datasets.Dataset`` fills absent fields with null)."""
         return self.data.get(name) is not None
 
     def first_of(self, *names: str) -> str:
-        """The first of several spellings that the record has, else the first spelling."""
+        """The first of several field names that the record has; the first name if it has none."""
         return next((name for name in names if self.has(name)), names[0])
 
     # texts
@@ -112,14 +111,14 @@ class Record:
         return value.strip() if strip else value
 
     def optional_text(self, name: str, *, strip: bool = True) -> str | None:
-        """A text, or None where it is absent, null or blank."""
+        """A text; None if it is absent, null or blank."""
         if not self.has(name):
             return None
         value = self.as_text(self.data[name], name)
         return (value.strip() if strip else value) if value.strip() else None
 
     def texts(self, name: str) -> tuple[str, ...]:
-        """A text or a list of texts; blank ones are left out, an absent field gives ``()``."""
+        """A text or a list of texts, without blank ones; an absent field gives ``()``."""
         value = self.data.get(name)
         if value is None:
             return ()
@@ -129,10 +128,7 @@ class Record:
         return tuple(item for item in found if item)
 
     def answers(self, name: str, *, exact: bool = False) -> tuple[str, ...]:
-        """All answers under a field, flat, in order, each once; ``()`` where there is none.
-
-        ``exact`` neither strips nor leaves out repetitions, for what the library wrote itself.
-        """
+        """All answers under a field, flat, in order, each once; ``exact`` neither strips them nor drops repetitions."""
         found = [item for item in self._flat(self.data.get(name), name, 0) if item.strip()]
         return tuple(found) if exact else tuple(dict.fromkeys(item.strip() for item in found))
 
@@ -150,22 +146,22 @@ class Record:
             yield from self._flat(item, f"{name}[{i}]", depth + 1)
 
     def as_text(self, value: Any, name: str) -> str:
-        """A value as text, or an error that names the field: a text or a number that can be written as UTF-8."""
+        """A text or a finite number as text that UTF-8 can encode; anything else is an error that names the field."""
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
             raise self.error(name, f"must be a text, got {kind_of(value)}: {shown(value)}")
         if isinstance(value, float) and not math.isfinite(value):
-            raise self.error(name, f"is {value}, which is no answer; write the text that the model must give")
+            raise self.error(name, f"is {value}, which is not an answer; write the text that the model must give")
         if not isinstance(value, str):
             try:
                 return str(value)
             except ValueError:  # an int of more than 4,300 digits
-                raise self.error(name, "is a number too long to be written; write it as text") from None
+                raise self.error(name, "is a number with too many digits; write it as text") from None
         if not value.isascii():
             try:
                 value.encode("utf-8")
             except UnicodeEncodeError as error:
                 raise self.error(
-                    name, f"holds half of a surrogate pair at character {error.start}, which is no text"
+                    name, f"holds half of a surrogate pair at character {error.start}, which UTF-8 cannot encode"
                 ) from None
         return value
 
@@ -184,7 +180,7 @@ class Record:
         return replace(self, data=value, path=f"{self.path}{name}.")
 
     def children(self, name: str) -> list[Record]:
-        """A field that is a list of objects; ``[]`` where it is absent."""
+        """A field that is a list of objects; an absent field gives ``[]``."""
         value = self.data.get(name)
         if value is None:
             return []
@@ -197,10 +193,10 @@ class Record:
             found.append(replace(self, data=item, path=f"{self.path}{name}[{i}]."))
         return found
 
-    # what a reader gives back
+    # requests and probes
 
     def request(self, *, prompt: Any, target_new: str, subject: str | None = None, **more: Any) -> EditRequest:
-        """An :class:`EditRequest` from here; its own complaints name this record."""
+        """An :class:`EditRequest`; its errors name this record."""
         if subject is not None and isinstance(prompt, str) and subject not in prompt:
             self.notes[SUBJECT_ABSENT] += 1
         try:
@@ -211,7 +207,7 @@ class Record:
     def probe(
         self, prompt: str, kind: ProbeKind, answers: Sequence[str] = (), contrast: Sequence[str] = (), group: str = ""
     ) -> tuple[Probe, ...]:
-        """One probe, or none where it could not be scored; answers are taken out of ``contrast``."""
+        """One probe, or none if it could not be scored; ``contrast`` loses what is also an answer."""
         if not answers and kind in ("rephrase", "portability"):
             self.notes[DROPPED_PROBE] += 1
             return ()
@@ -221,12 +217,18 @@ class Record:
         except RequestError as error:
             raise DataError(f"{self.place}: {error}") from None
 
-    def question_items(self, name: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """``(prompt, answers)`` of every question under a field, in any of the shapes in use.
+    def probes(
+        self, name: str, kind: ProbeKind, answers: Sequence[str], contrast: Sequence[str] = (), *, group: str
+    ) -> list[Probe]:
+        """One :meth:`probe` for each text under a field."""
+        return [probe for text in self.texts(name) for probe in self.probe(text, kind, answers, contrast, group)]
 
-        A list of objects, one object, or an object of two lists (``{"prompt": [...], "ground_truth": [...]}``,
-        as EasyEdit passes them and old versions of ``datasets`` store them). The prompt may be a list of
-        wordings of one question; the answers stand under ``ground_truth``, ``answers`` or ``answer``.
+    def question_items(self, name: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """``(prompt, answers)`` of every question under a field.
+
+        The field holds a list of objects, one object, or an object of two lists (``{"prompt": [...], "ground_truth":
+        [...]}``, as in EasyEdit and old versions of ``datasets``). The prompt may be a list of wordings of one question; the
+        answers are under ``ground_truth``, ``answers`` or ``answer``.
         """
         value = self.data.get(name)
         if isinstance(value, Mapping):
@@ -262,7 +264,7 @@ def _is_list(value: object) -> TypeGuard[list[Any] | tuple[Any, ...]]:
 
 
 def shown(value: object) -> str:
-    """A value for a message, cut short."""
+    """A value for a message, shortened."""
     try:
         text = _REPR.repr(value)
     except ValueError:  # an int of more than 4,300 digits

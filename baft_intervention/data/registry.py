@@ -1,8 +1,8 @@
-"""Formats by name: what a record looks like, who reads it, which benchmark tasks come in it.
+"""The registry of data formats: which records each matches, its reader, and the benchmark tasks it serves.
 
 A *format* is a shape of records (``zsre_mend``: ``src``, ``alt``, …). A *task* is a benchmark (``zsre``), which may
-come in several formats. A format is found by the task's name or, without one, by the *fields* of the records;
-never by the file's name. A reader of one's own is one call away::
+come in several formats. A format is chosen by the task's name or, without one, by the *fields* of the records;
+never by the file's name. To add a format::
 
     @register_format("trivia", matches=("q", "a"))
     def read_trivia(record, *, lower: bool = False):
@@ -12,8 +12,8 @@ never by the file's name. A reader of one's own is one call away::
 
     load_requests("trivia.json", lower=True)
 
-The reader's keyword-only parameters are the format's options: their defaults and ``Literal`` annotations are
-checked before the first record is read, and the values in force are recorded in what :func:`load_requests` returns.
+The reader's keyword-only parameters are the format's options. Their types and ``Literal`` choices are checked before the
+first record is read, and :func:`load_requests` records the values in force.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .record import Record, shown
 Reader = Callable[..., EditRequest | Iterable[EditRequest]]
 Matcher = Callable[[Mapping[str, Any]], bool]
 
-# other spellings of a task's name that are in use; the canonical ones are those that formats register
+# other spellings of a task's name -> the one that a format registers
 TASK_ALIASES = {
     "wiki_counterfact": "wikidata_counterfact",
     "wikidata_cf": "wikidata_counterfact",
@@ -49,9 +49,9 @@ TASK_ALIASES = {
 
 @dataclass(frozen=True)
 class Option:
-    """A setting of a reader: its default, and the values it may take (empty: any of the default's type).
+    """An option of a reader: its default, and the values it may take (empty: any of the default's type).
 
-    Where the default is a tuple, ``choices`` are what its items may be.
+    If the default is a tuple, ``choices`` are the values of its items.
     """
 
     default: Any
@@ -63,13 +63,13 @@ class Format:
     """A registered format.
 
     Args:
-        name: unique; may be given as ``task`` to pin the format.
-        read: one :class:`Record` to one or several requests.
+        name: unique; give it as ``task`` to choose the format.
+        read: turns one :class:`Record` into one or several requests.
         matches: whether a raw record has this format's fields.
         tasks: the benchmark tasks that come in it.
         task_of: which of them a raw record belongs to.
-        rows: takes the list of records out of a top-level object; None where that object is no such document.
-        options: what ``read`` takes by keyword.
+        rows: gives the list of records in a top-level object, or None if the object is not of this format.
+        options: the options of ``read``.
     """
 
     name: str
@@ -101,15 +101,15 @@ def register_format(
 
     Args:
         name: the format's name.
-        matches: field names that a record must all have, or a function of the raw record. Formats that were
-            registered later are asked first, so one's own may take precedence over a shipped one.
-        tasks: benchmark tasks that come in this format; the format's name where left out.
-        task_of: which task a raw record belongs to, where there are several; the first where left out.
-        rows: for documents whose top level is an object: gives the list of records, or None.
-        replace: allow a name that is taken.
+        matches: field names that a record must all have, or a function of the raw record. The format registered last is
+            tried first, so yours takes precedence over a shipped one.
+        tasks: benchmark tasks that come in this format; by default the format's name.
+        task_of: which of several tasks a raw record belongs to; by default the first.
+        rows: for files whose top level is an object: gives the list of records, or None.
+        replace: replace a format of the same name.
 
     Raises:
-        DataError: the name is taken, or the reader's options cannot be passed by keyword.
+        DataError: the name is taken, or an option of the reader is not keyword-only with a default.
     """
     fields = None if callable(matches) else tuple(matches)
 
@@ -119,7 +119,7 @@ def register_format(
     def register(read: Reader) -> Reader:
         if name in _FORMATS and not replace:
             raise DataError(f"format {name!r} is registered already; choose another name or pass replace=True")
-        _FORMATS.pop(name, None)  # so that a replacement, too, counts as the latest
+        _FORMATS.pop(name, None)  # so that a replacement, too, is tried first
         _FORMATS[name] = Format(
             name=name,
             read=read,
@@ -135,13 +135,13 @@ def register_format(
 
 
 def unregister_format(name: str) -> None:
-    """Forget a format; unknown names are an error."""
+    """Remove a format; an unknown name is an error."""
     format_named(name)
     del _FORMATS[name]
 
 
 def formats() -> tuple[Format, ...]:
-    """All formats, the latest first: the order in which they are asked whether they know a record."""
+    """All formats, the latest first, which is the order in which they are tried."""
     return tuple(reversed(_FORMATS.values()))
 
 
@@ -159,7 +159,7 @@ def format_named(name: str) -> Format:
 def _options_of(read: Reader, name: str) -> dict[str, Option]:
     try:
         hints = typing.get_type_hints(read)
-    except (NameError, TypeError):  # an annotation that cannot be resolved only costs its check
+    except (NameError, TypeError):  # annotations that cannot be resolved are not checked
         hints = {}
     options = {}
     for parameter in list(inspect.signature(read).parameters.values())[1:]:
@@ -176,10 +176,10 @@ def _options_of(read: Reader, name: str) -> dict[str, Option]:
 
 
 def resolve_options(fmt: Format, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options in force: defaults, with the given ones checked and, where they are text, converted.
+    """The options in force: the defaults and the given ones, checked and, if text, converted.
 
     Raises:
-        DataError: an unknown option, or a value that it cannot take.
+        DataError: an option is unknown or has a value that it cannot take.
     """
     values = {name: option.default for name, option in fmt.options.items()}
     for name, value in given.items():
@@ -221,10 +221,10 @@ def _checked(fmt: Format, name: str, value: Any) -> Any:
 
 
 def canonical_task(task: str) -> str:
-    """A task's (or format's) registered name from any spelling in use.
+    """The registered name of a task or format from any of its spellings.
 
     Raises:
-        DataError: no such task; the message lists those that there are, the nearest first.
+        DataError: the task is unknown; the message lists the known ones and suggests the nearest.
     """
     name = str(task).strip().lower().replace("-", "_")
     name = TASK_ALIASES.get(name, name)
@@ -236,11 +236,11 @@ def canonical_task(task: str) -> str:
 def choose_format(task: str | None, rows: Sequence[Any], document: Any, name: str) -> tuple[Format, str]:
     """The format and task of a source's records.
 
-    With a task, one of its formats; where the records plainly are of another, that is an error rather than a
-    thousand missing fields. Without, the format that most of the first records match.
+    Without a task it is the format that most of the first records match. With a task it is one of the task's formats;
+    records that match another task's format are one error instead of a missing field in each record.
 
     Raises:
-        DataError: unknown task, no format matches, or a format of another task does.
+        DataError: the task is unknown, no format matches, or a format of another task does.
     """
     found = _recognise(rows, document)
     if task is None:
@@ -257,7 +257,7 @@ def choose_format(task: str | None, rows: Sequence[Any], document: Any, name: st
     if found is not None and found[0] in candidates:
         return found[0], wanted if wanted in found[0].tasks else found[0].task_of(found[1])
     first = _first_mapping(rows, document)
-    for fmt in candidates:  # the record may match several formats; a candidate that accepts it is good enough
+    for fmt in candidates:  # a record may match several formats
         if first is not None and fmt.matches(first):
             return fmt, wanted if wanted in fmt.tasks else fmt.task_of(first)
     if found is not None and found[0].name != "own":
@@ -309,20 +309,16 @@ def _hint(name: str, known: Iterable[str]) -> str:
 
 
 def record_requests(fmt: Format, record: Record, options: Mapping[str, Any]) -> list[EditRequest]:
-    """What a reader makes of one record, as a list.
+    """The requests that a format's reader makes from one record.
 
     Raises:
-        DataError: the record is malformed, or the reader returned something else than requests.
+        DataError: the record is malformed, or the reader returned something other than requests.
     """
     result = fmt.read(record, **options)
     requests = [result] if isinstance(result, EditRequest) else list(result)
     for item in requests:
         if not isinstance(item, EditRequest):
             raise DataError(
-                f"{record.place}: the reader of format {fmt.name!r} returned {kind_name(item)}, not EditRequest"
+                f"{record.place}: the reader of format {fmt.name!r} returned a {type(item).__name__}, not EditRequest"
             )
     return requests
-
-
-def kind_name(value: object) -> str:
-    return f"a {type(value).__name__}"

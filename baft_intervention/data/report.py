@@ -1,4 +1,4 @@
-"""Is this data all right? Reads whole files, never stops at the first malformed record, and counts."""
+"""Validation of data files: read every record, and report all malformed ones instead of stopping at the first."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from .splits import Split, split_of
 
 @dataclass(frozen=True)
 class FileReport:
-    """What one file holds.
+    """The content of one file.
 
     Args:
-        path: as given, or found under a folder that was given.
+        path: as given, or found under a given folder.
         task, format, split, sha256: see :class:`LoadedData`.
-        records: usable records; ``requests`` may be more (MQuAKE).
-        requests: edit requests.
-        bad: one message a malformed record.
+        records: number of usable records.
+        requests: number of edit requests; MQuAKE has several in a record.
+        bad: one message for each malformed record.
         probes: number of probes by ``kind/group``.
-        notes: counts of what was noticed and is no error.
-        error: why the file could not be read at all; everything else is then empty.
+        notes: counts of oddities that are not errors.
+        error: why the file could not be read at all; all counts are then 0.
     """
 
     path: str
@@ -51,13 +51,13 @@ class FileReport:
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """One :class:`FileReport` a file, in the order in which they were given."""
+    """One :class:`FileReport` for each file, in the given order."""
 
     files: tuple[FileReport, ...]
 
     @property
     def ok(self) -> bool:
-        """No file unreadable, no record malformed."""
+        """Whether every file could be read and no record is malformed."""
         return all(file.ok for file in self.files)
 
     @property
@@ -73,7 +73,7 @@ class ValidationReport:
         return {"ok": self.ok, "records": self.records, "bad": self.bad_count, "files": files}
 
     def to_text(self, *, messages: int = 5) -> str:
-        """For a terminal; at most ``messages`` malformed records a file are shown."""
+        """The report for a terminal, with at most ``messages`` malformed records of each file."""
         lines = []
         for file in self.files:
             if file.error:
@@ -93,10 +93,7 @@ class ValidationReport:
 
 
 def validate(*paths: str | Path | Iterable[str | Path], task: str | None = None) -> ValidationReport:
-    """Read every record of the given files; a folder stands for all data files below it, sorted.
-
-    Nothing raises for a file's content: what is wrong stands in the report.
-    """
+    """Read every record of the given files and report what is malformed; a folder means all data files below it."""
     flat = [p for item in paths for p in ([item] if isinstance(item, (str, Path)) else item)]
     return ValidationReport(tuple(_validate_file(path, task) for item in flat for path in _expand(item)))
 

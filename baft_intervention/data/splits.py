@@ -1,21 +1,21 @@
-"""Which files are test data, so that nothing is tuned on them.
+"""Which files are test data, so that no settings are tuned on them.
 
-Hyper-parameters chosen on the records that are reported afterwards make every number too good, and nothing in a result
-file shows it. Code that searches for settings calls :func:`refuse_test_files` first.
+Settings chosen on the reported records make every number too good, and a result file does not show it. Code that searches
+for settings calls :func:`refuse_test_files` first.
 
-A file is known by its name (the benchmarks' own names, in any folder). An unknown name is read word by word
-(``my_facts_test.json`` is test). A name that says nothing has no split.
+A file's split follows from its name in the table below, in any folder; else from a word in the name
+(``my_facts_test.json`` is test). Other files have no split.
 
-Decisions that could have been otherwise:
-    * CounterFact as ROME publishes it has one part, on which all papers report: test. So is EasyEdit's
-      ``counterfact-edit.json``, a part of the same records. ``counterfact-train.json`` and ``counterfact-val.json`` are for tuning.
-    * ``zsre_mend_edit.json`` is WISE's and EasyEdit's test part. ``zsre_mend_eval.json`` is MEND's validation slice: validation.
-      ROME and MEMIT *report* on it, so do not tune on it what you compare with them. It shares questions and subjects with
-      the test files: take those out with :meth:`LoadedData.without`.
-    * HalluEditBench has topics instead of parts: of these 13 the first six in alphabetical order are validation, the
+Decisions:
+    * CounterFact as ROME publishes it has one part, on which all papers report: test. EasyEdit's ``counterfact-edit.json``
+      holds some of the same records: test. ``counterfact-train.json`` and ``counterfact-val.json`` are for tuning.
+    * ``zsre_mend_edit.json`` is WISE's and EasyEdit's test part. ``zsre_mend_eval.json`` is MEND's validation part, but ROME
+      and MEMIT *report* on it, so do not tune on it what you compare with them. It shares questions and subjects with
+      the test files: remove those with :meth:`LoadedData.without`.
+    * HalluEditBench has topics instead of parts: the first six of these 13 in alphabetical order are validation, the
       others test.
     * WikiBigEdit, QAEdit and EasyEdit's portability files have one part each: test.
-    * ``known_1000.json`` is nobody's editing benchmark: train.
+    * ``known_1000.json`` is not an editing benchmark: train.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ FILES: dict[str, Split] = {
     "counterfact_subject_replace.json": "test",
     "zsre_subject_replace.json": "test",
     "zsre_inverse_relation.json": "test",
-    # HalluEditBench, a file a topic
+    # HalluEditBench, one file for each topic
     "art_sculpture.csv": "validation",
     "business_corporation.csv": "validation",
     "entertainment_anime.csv": "validation",
@@ -104,7 +104,7 @@ _WORDS: dict[str, Split] = {
 
 
 def split_of(path: str | Path) -> Split | None:
-    """The split that a file belongs to; None where nothing says so. ``test`` wins where a name says several."""
+    """The split of a file, or None if its name does not say. A name with several splits counts as ``test`` if it says so."""
     name = Path(path).name.lower()
     if name in FILES:
         return FILES[name]
@@ -115,10 +115,10 @@ def split_of(path: str | Path) -> Split | None:
 
 
 def refuse_test_files(*paths: str | Path | Iterable[str | Path], purpose: str = "choosing settings") -> None:
-    """Raise where any of the files is test data.
+    """Check that none of the files is test data.
 
     Raises:
-        DataError: names the file and its training or validation counterparts.
+        DataError: one is; the message lists training and validation files.
     """
     flat = [p for item in paths for p in ([item] if isinstance(item, (str, Path)) else item)]
     for path in flat:

@@ -1,19 +1,18 @@
 """Questions that have nothing to do with any edit: does the edited model still answer them as before?
 
-Locality on the same subject flatters a method that has learnt to leave that subject's other relations alone; what
-else moved is seen on text of another kind. The usual such text are Natural-Questions prompts, which
-``zsre_mend_eval.json`` carries as ``loc``/``loc_ans``. Any JSON, JSON Lines, CSV or plain text file (one question
-a line) will do as well, and should, now and then: a locality penalty trained on questions is best at questions.
+Locality on the same subject misses what an edit changes elsewhere. The usual unrelated texts are Natural-Questions
+prompts, which ``zsre_mend_eval.json`` has as ``loc``/``loc_ans``. Any JSON, JSON Lines, CSV or plain text file (one
+question per line) works too; use one now and then, since a locality penalty trained on questions works best on questions.
 
-**Disjoint from training.** A method that is trained on unrelated text must not be asked the same text.
-:func:`split_pool` cuts a pool in two, for training and for asking; ``exclude`` does the same where training brought its
-own. Prompts are compared without case, punctuation and the prefix "nq question:".
+**Disjoint from training.** A method trained on unrelated text must not be tested on the same text. :func:`split_pool` cuts
+a pool into a part for training and a part for testing; ``exclude`` leaves out text that training brings itself. Prompts are
+compared without case, punctuation and the prefix "nq question:".
 
-**One pool a run.** The model's answers before the edit are needed once for each distinct prompt. So all requests of a
-run share one small pool, and the k-th request is asked the k-th slice of it (:func:`attach_unrelated`).
+**One pool per run.** All requests of a run share one small pool, because the model must answer each distinct prompt once
+before the edits. The k-th request gets the k-th slice of it (:func:`attach_unrelated`).
 
-The choice depends on the seed and each prompt's own hash, never on the file's order or on Python's generator: a larger
-pool of the same seed contains the smaller one, and a question that is added to the file displaces at most one.
+The choice depends on the seed and the hash of each prompt, not on the file's order: a larger pool contains a smaller one of
+the same seed, and a question added to the file displaces at most one.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from .record import Record, shown
 from .zsre_mend import plain_question
 
 GROUP = "nq"
-# the pairs of fields in which question and answer are known to stand; MEND's first, since its records have a prompt, too
+# the fields of question and answer; MEND's first, since its records also have a prompt
 _FIELDS = (("loc", "loc_ans"), ("question", "answers"), ("question", "answer"), ("question", "ground_truth"))
 _FIELDS += (("prompt", "answers"), ("prompt", "answer"), ("prompt", "ground_truth"), ("text", ""))
 
@@ -40,7 +39,7 @@ Texts = str | Path | Iterable[str | Mapping[str, object] | Probe]
 
 
 def normalised(prompt: str) -> str:
-    """What decides whether two prompts are the same question: words only, lower case, no "nq question:"."""
+    """A prompt's words in lower case, without "nq question:"; equal for two prompts that are the same question."""
     return " ".join(re.findall(r"\w+", plain_question(prompt).casefold()))
 
 
@@ -48,18 +47,18 @@ def read_pool(source: Texts, *, group: str = GROUP) -> tuple[Probe, ...]:
     """All distinct questions of a file or list, as ``unrelated`` probes in the source's order.
 
     Args:
-        source: a path (JSON, JSON Lines, CSV, or any other suffix as plain text, one question a line), or a list of
+        source: a path (JSON, JSON Lines, CSV; any other suffix is plain text, one question per line), or a list of
             texts, of objects with ``loc``/``loc_ans``, ``question``/``answer`` or ``prompt``/``answers``, or of probes.
         group: the probes' group.
 
     Raises:
-        DataError: the file cannot be read, or a row holds no question.
+        DataError: the file cannot be read, or a row has no question.
     """
     return _pool(pool_table(source), group)
 
 
 def pool_table(source: Texts) -> Table:
-    """A pool's rows and hash."""
+    """The rows of a pool, see :func:`read_pool`."""
     if isinstance(source, (str, Path)):
         path = Path(source)
         return read_file(path) if path.suffix.lower() in SUFFIXES or path.is_dir() else _read_lines(path)
@@ -85,7 +84,7 @@ def _pool(table: Table, group: str) -> tuple[Probe, ...]:
             )
         prompt = plain_question(record.text(fields[0]))
         if not normalised(prompt):
-            raise record.error(fields[0], f"holds no word: {prompt!r}")
+            raise record.error(fields[0], f"has no words: {prompt!r}")
         answers = record.answers(fields[1]) if fields[1] else ()
         for probe in record.probe(prompt, "unrelated", answers, group=group):
             found.setdefault(normalised(prompt), probe)
@@ -115,13 +114,13 @@ def _ranked(pool: Iterable[Probe], seed: int) -> list[Probe]:
 def unrelated_probes(
     source: Texts, n: int | None = None, *, exclude: Iterable[str] = (), seed: int = 0, group: str = GROUP
 ) -> tuple[Probe, ...]:
-    """``n`` questions of a pool, chosen by the seed, none of which is in ``exclude``.
+    """``n`` questions of a pool, chosen by the seed, none of them in ``exclude``.
 
     Args:
         source: see :func:`read_pool`.
-        n: how many; all that are left where None.
+        n: how many; None for all that are left.
         exclude: prompts that training has used, or that the edits themselves ask.
-        seed: for the choice and the order.
+        seed: draws the choice and the order.
         group: the probes' group.
 
     Raises:
@@ -131,7 +130,7 @@ def unrelated_probes(
 
 
 def choose_questions(table: Table, n: int | None, exclude: Iterable[str], seed: int, group: str) -> tuple[Probe, ...]:
-    """:func:`unrelated_probes` on rows that were read already."""
+    """:func:`unrelated_probes` of a pool that is already read."""
     pool = _pool(table, group)
     used = {normalised(prompt) for prompt in exclude}
     left = _ranked((probe for probe in pool if normalised(probe.prompt) not in used), seed)
@@ -139,8 +138,8 @@ def choose_questions(table: Table, n: int | None, exclude: Iterable[str], seed: 
         return tuple(left)
     if n < 0 or n > len(left):
         raise DataError(
-            f"{table.name}: {n} unrelated questions asked for, {len(left)} left of {len(pool)} distinct ones "
-            f"({len(pool) - len(left)} excluded); ask for fewer or give a larger file"
+            f"{table.name}: {n} unrelated questions wanted, but {len(left)} left of {len(pool)} distinct ones "
+            f"({len(pool) - len(left)} excluded); take fewer or give a larger file"
         )
     return tuple(left[:n])
 
@@ -150,8 +149,7 @@ def split_pool(
 ) -> tuple[tuple[str, ...], tuple[Probe, ...]]:
     """Disjoint parts of one pool: ``(texts to train on, probes to ask)``.
 
-    The probes are those that :func:`unrelated_probes` gives for ``n=ask`` with the same seed, however many texts
-    training takes.
+    The probes do not depend on ``train``: they are ``unrelated_probes(source, ask)`` with the same seed.
     """
     chosen = unrelated_probes(source, train + ask, exclude=exclude, seed=seed, group=group)
     return tuple(probe.prompt for probe in chosen[ask:]), chosen[:ask]
@@ -160,13 +158,13 @@ def split_pool(
 def attach_unrelated(
     requests: Sequence[EditRequest], pool: Sequence[Probe], per_record: int
 ) -> tuple[EditRequest, ...]:
-    """The requests with ``per_record`` probes of the pool each: the k-th gets the k-th slice, from the start again at the end.
+    """The requests with ``per_record`` probes of the pool each: the k-th request gets the k-th slice, cyclically.
 
     Raises:
         DataError: the pool is smaller than one slice.
     """
     if per_record < 0 or (per_record and per_record > len(pool)):
-        raise DataError(f"{per_record} unrelated probes a record asked for, but the pool has {len(pool)}")
+        raise DataError(f"{per_record} unrelated probes wanted for each record, but the pool has {len(pool)}")
     found = []
     for k, request in enumerate(requests):
         slice_ = (pool[(k * per_record + j) % len(pool)] for j in range(per_record))

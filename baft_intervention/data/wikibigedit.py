@@ -7,9 +7,9 @@
 The facts are true and new, so a record has no old answer (``target_true``).
 
 Traps:
-    * ``locality_prompt`` is a *near* neighbour: the same kind of question about a subject with a similar name. It becomes a
-      ``locality`` probe (group ``near_subject``). In CounterFact's flat form the neighbour shares the old answer; in
-      WISE's form, which has the same field names, the text is unrelated.
+    * ``locality_prompt`` asks the same kind of question about a subject with a similar name. It becomes a ``locality`` probe
+      (group ``near_subject``). The same field holds a neighbour with the old answer in CounterFact's flat form, and
+      unrelated text in WISE's form.
     * WISE's ``hallucination`` has the same fields except ``rephrase_prompt``, which tells the two formats apart.
 """
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..requests import EditRequest, Probe
+from ..requests import EditRequest
 from .record import Record
 from .registry import register_format
 
@@ -31,12 +31,11 @@ def _is_wikibigedit(row: Mapping[str, Any]) -> bool:
 @register_format("wikibigedit", matches=_is_wikibigedit)
 def read_wikibigedit(record: Record) -> EditRequest:
     """WikiBigEdit in EasyEdit's flat form (rephrase_prompt, locality_prompt; no ground_truth)."""
-    target = record.text("target_new")
-    probes: list[Probe] = []
-    for prompt in record.texts("rephrase_prompt"):
-        probes += record.probe(prompt, "rephrase", (target,), group="rephrase")
-    for prompt in record.texts("locality_prompt"):
-        probes += record.probe(prompt, "locality", record.answers("locality_ground_truth"), group="near_subject")
+    target, near = record.text("target_new"), record.answers("locality_ground_truth")
+    probes = [
+        *record.probes("rephrase_prompt", "rephrase", (target,), group="rephrase"),
+        *record.probes("locality_prompt", "locality", near, group="near_subject"),
+    ]
     return record.request(
         prompt=record.text("prompt"),
         target_new=target,

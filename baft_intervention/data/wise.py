@@ -6,13 +6,13 @@
 
 Hallucination (from SelfCheckGPT, like WikiBio) is scored by perplexity of ``target_new``. Temporal edits a short prefix
 (``SpaceX is``) to a long generated paragraph; ``ood_rephrase`` is a *whole passage*, not a question. EasyEdit passes it as
-the rephrase prompt and counts the share of *its own* tokens with a probability above 0.8; ``target_new`` plays no part.
-Here it is split so that every metric can run along it: the probe (kind ``rephrase``, group ``ood``) has as prompt the words
-that passage and edit prompt have in common at the start, at least the first word, and as answer the rest.
+the rephrase prompt and reports the share of *its* tokens with a probability above 0.8, whatever ``target_new`` is.
+Here the passage is split so that every metric applies: the prompt of the probe (kind ``rephrase``, group ``ood``) is the words
+that passage and edit prompt share at the start, at least one; the answer is the rest.
 
-``locality_prompt`` and its continuation are 150 + 150 characters of web text: ``unrelated`` probes, group ``web``. The cut falls
-*inside words* (``…an antique map, historica`` | ``l print…``). Joining the halves by a space, as EasyEdit does, asks the model to
-continue a broken word; with ``locality="mended"`` the torn word moves to the continuation, ``verbatim`` keeps the halves.
+``locality_prompt`` and its continuation are 150 + 150 characters of web text: ``unrelated`` probes, group ``web``. The cut may
+fall *inside a word* (``…an antique map, historica`` | ``l print…``). EasyEdit joins the halves with a space, which asks the model
+to continue a broken word; ``locality="mended"`` moves the word to the continuation, ``verbatim`` keeps the halves.
 A few continuations of hallucination are empty; such a probe has no answers.
 """
 
@@ -28,9 +28,9 @@ from .registry import register_format
 
 
 def split_passage(prompt: str, passage: str) -> tuple[str, str]:
-    """A passage as (common start with the prompt, at least one word; the rest).
+    """Split a passage into the words that it shares with the prompt at the start, at least one, and the rest.
 
-    Words are compared without case and punctuation: ``SpaceX is`` and ``SpaceX, officially…`` share ``SpaceX,``.
+    Case and punctuation are ignored: ``SpaceX is`` and ``SpaceX, officially…`` share ``SpaceX,``.
     """
     wanted, words = prompt.split(), re.findall(r"\S+\s*", passage.strip())
     shared = 0
@@ -45,7 +45,7 @@ def _bare(word: str) -> str:
 
 
 def mend_cut(prompt: str, continuation: str) -> tuple[str, str]:
-    """Two halves of a text that was cut inside a word: the torn word moves to the second half."""
+    """Move a word that was cut in two from the end of the first half of a text to the second half."""
     if not prompt or not continuation or prompt[-1].isspace() or continuation[0].isspace():
         return prompt.strip(), continuation.strip()
     head, space, torn = re.fullmatch(r"(.*?)(\s?)(\S*)", prompt, re.DOTALL).groups()  # type: ignore[union-attr]
@@ -68,7 +68,7 @@ def read_wise(record: Record, *, locality: Literal["mended", "verbatim"] = "mend
 
     Args:
         record: the record.
-        locality: ``mended`` moves a word that was cut in two to the continuation, ``verbatim`` keeps the halves.
+        locality: ``mended`` moves a word that was cut in two to the continuation; ``verbatim`` keeps the halves.
     """
     prompt = record.text("prompt")
     probes: list[Probe] = []

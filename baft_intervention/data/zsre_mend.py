@@ -1,4 +1,4 @@
-"""ZsRE in MEND's form (Mitchell et al. 2022, arXiv 2110.11309), as MEND, MEMIT, WISE and EasyEdit pass it on.
+"""ZsRE in MEND's form (Mitchell et al. 2022, arXiv 2110.11309), also used by MEMIT, WISE and EasyEdit.
 
     {"subject": "…", "src": "question", "rephrase": "question", "alt": "…", "answers": ["…"], "pred": "…",
      "loc": "nq question: …", "loc_ans": "…", "cond": "…", "portability": {"Recalled Relation", "New Question", "New Answer"}}
@@ -6,16 +6,16 @@
 EasyEdit's portability files add ``alternative_subject`` and ``alter_subject_question`` (the question under another name of the
 subject; group ``subject_alias``) or ``inverse question`` (asks for the subject, given the new answer; group ``inverse``).
 
-**Two targets.** MEND, EasyEdit and WISE edit to ``alt``, a counterfactual that a model proposed; MEMIT and its family edit to
-``answers[0]``, the true answer. Results of the two cannot be compared, so the option ``target`` says which was taken and
-the loaded data records it. With ``alt``, ``answers`` are the old truth (``target_true``); in some records ``alt`` *is* the
-truth. With ``answers``, several right answers are kept as aliases and there is no old truth (``pred`` is what a BART model said).
+**Two targets.** MEND, EasyEdit and WISE edit to ``alt``, a counterfactual that a model proposed; MEMIT and its successors
+edit to ``answers[0]``, the true answer. Their results cannot be compared, so the option ``target`` chooses one and the loaded
+data records it. With ``alt``, ``answers`` are the old answers (``target_true``); in some records ``alt`` *is* one of them.
+With ``answers``, several right answers are kept as aliases and there is no old answer (``pred`` is what a BART model said).
 
-**``loc`` is a Natural-Questions question** about something else, so it is an ``unrelated`` probe (group ``nq``), not a
-neighbour. Its prefix ``nq question:`` is no English that a model would be asked, and the question has lost its mark: with
-``loc="question"`` the prefix goes and a question mark comes; ``loc="verbatim"`` keeps the text as EasyEdit runs it.
+**``loc`` is a Natural-Questions question** about something else, so it becomes an ``unrelated`` probe (group ``nq``).
+``loc="question"`` removes the prefix ``nq question:`` and adds the missing question mark; ``loc="verbatim"`` keeps the text,
+as EasyEdit does.
 
-Traps: some ``alt`` begin with a space; MEND skips records with an empty ``alt`` in silence, here they are bad records;
+Traps: some ``alt`` begin with a space; MEND silently skips records with an empty ``alt``, which are bad records here;
 the published ``zsre_mend_eval.json`` shares questions with each of the test files, see ``splits.py``.
 """
 
@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ..requests import EditRequest, Probe
+from ..requests import EditRequest
 from .counterfact import one_hop
 from .knowedit import without
 from .record import Record
@@ -34,7 +34,7 @@ NQ_PREFIX = "nq question:"
 
 
 def plain_question(text: str) -> str:
-    """``nq question: who wrote it`` as ``who wrote it?``; other texts only lose outer white space."""
+    """``nq question: who wrote it`` as ``who wrote it?``; other texts are only stripped."""
     text = text.strip()
     if not text.lower().startswith(NQ_PREFIX):
         return text
@@ -65,10 +65,7 @@ def read_zsre_mend(
         if not answers:
             raise record.error("answers", "holds no answer; give one, or load with target='alt'")
         wanted, true = answers, ()
-    probes: list[Probe] = []
-    for prompt in record.texts("rephrase"):
-        probes += record.probe(prompt, "rephrase", wanted, group="rephrase")
-    probes += one_hop(record)
+    probes = [*record.probes("rephrase", "rephrase", wanted, group="rephrase"), *one_hop(record)]
     if question := record.optional_text("alter_subject_question"):
         probes += record.probe(question, "portability", wanted, group="subject_alias")
     if target == "alt" and (question := record.optional_text("inverse question")):  # it names ``alt``

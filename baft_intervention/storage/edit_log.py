@@ -109,16 +109,16 @@ def read_log(path: Path) -> LogContents:
                 break
             except _Damage as reason:
                 following = _next_record(file, offset + 1)
-                until = "the end of the file" if following is None else f"byte {following}"
+                until = "the end of the file" if following is None else f"byte {following[0]}"
                 damage.append(f"record {expected}, from byte {offset} to {until}, is damaged ({reason})")
                 if following is None:
                     break
-                offset, expected = following, -1  # several records may be lost
+                offset, expected = following  # several records may be lost between
                 continue
             if found is None:
                 break
             record, offset = found
-            if record.number != expected >= 0:
+            if record.number != expected:
                 damage.append(f"record {expected} is missing: byte {record.offset} holds record {record.number}")
             records.append(record)
             expected, end = record.number + 1, offset
@@ -166,14 +166,14 @@ def _crc_matches(head: bytes) -> bool:
     return _CRC.unpack_from(head, _HEADER.size)[0] == zlib.crc32(head[: _HEADER.size])
 
 
-def _next_record(file: BinaryIO, offset: int) -> int | None:
-    """Offset of the next header that matches its checksum, at or after ``offset``; None if there is none."""
+def _next_record(file: BinaryIO, offset: int) -> tuple[int, int] | None:
+    """Offset and record number of the first header at or after ``offset`` that matches its checksum."""
     file.seek(offset)
     rest = file.read()
     at = rest.find(_MARK)
     while at >= 0:
         head = rest[at : at + HEADER_BYTES]
         if len(head) == HEADER_BYTES and _crc_matches(head):
-            return offset + at
+            return offset + at, _HEADER.unpack_from(head)[1]
         at = rest.find(_MARK, at + 1)
     return None

@@ -382,7 +382,7 @@ BAD_FILES = {
     "empty.jsonl": ('{"prompt": "a is", "target_new": " "}\n', "empty.jsonl, line 1: field 'target_new'"),
     "number.json": ('[{"prompt": "a is", "target_new": {"a": 1}}]', "number.json, record 0: field 'target_new'"),
     "word.json": ('[{"prompt": "a is", "target_new": "b", "sbject": "a"}]', "record 0: field 'sbject' is unknown"),
-    "cells.csv": ("prompt,target_new\na is,b\nc is,d,e\n", "cells.csv, line 3: 3 cells, but the header names 2 columns"),
+    "cells.csv": ("prompt,target_new\na is,b\nc is,d,e\n", "cells.csv, line 3: 3 cells, but 2 columns"),
     "nothing.json": ("", "nothing.json is empty"),
 }  # fmt: skip
 

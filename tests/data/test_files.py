@@ -55,7 +55,7 @@ def test_one_object_is_one_record(tmp_path: Path) -> None:
         ("a.json", "prompt: x", r"a\.json, line 1, column 1: not valid JSON"),
         ("a.json", '[\n {"prompt": "x"},\n {"prompt": "y', r"a\.json, line 3, column 13: .*truncated"),
         ("a.json", '[{"prompt": "x"}', r"a\.json, line 1, column 17: .*truncated"),
-        ("a.json", '[{"prompt": "x"},, 1]', r"a\.json, line 1, column 18: .*mend it there"),
+        ("a.json", '[{"prompt": "x"},, 1]', r"a\.json, line 1, column 18: .*correct it there"),
         ("a.json", '"a text"', r"a\.json: the top level is a text; expected a list of records"),
         ("a.json", "12", r"the top level is a number"),
         ("a.json", "null", r"the top level is null"),
@@ -108,7 +108,7 @@ def test_csv_quotes_lines_and_delimiters(tmp_path: Path) -> None:
 
 def test_csv_row_with_too_many_cells(tmp_path: Path) -> None:
     path = write(tmp_path, "a.csv", "prompt,target_new\nThe moon, they say, is,cheese\nThe sun is,hot\n")
-    with pytest.raises(DataError, match=r"a\.csv, line 2: 4 cells, but the header names 2 columns; quote a text"):
+    with pytest.raises(DataError, match=r"a\.csv, line 2: 4 cells, but 2 columns; quote each text"):
         load_requests(path)
     assert load_requests(path, skip_bad=True).requests[0].prompt == "The sun is"
 

@@ -82,15 +82,15 @@ def test_hub_id_goes_through_load_dataset(repository: Path) -> None:
 
 def test_hub_failures_are_data_errors(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
-        DataError, match=r"nowhere/at-all: no such file here, and datasets\.load_dataset\('nowhere/at-all'\) failed"
+        DataError, match=r"nowhere/at-all: there is no such file, and datasets\.load_dataset\('nowhere/at-all'\) failed"
     ):
         load_requests("nowhere/at-all")
     with pytest.raises(DataError, match="'trust_remote_code' is refused"):
         load_requests(f"hub:{repository}", hub={"trust_remote_code": True})
-    with pytest.raises(DataError, match="hub options .* were given, but the source is no hub id"):
+    with pytest.raises(DataError, match="hub options .* were given, but the source is not a hub id"):
         load_requests(ROWS, hub={"split": "test"})
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"'datasets' is not installed \(pip install 'baft_intervention\[data\]'\)"):
+    with pytest.raises(DataError, match=r"needs 'datasets' \(pip install 'baft_intervention\[data\]'\)"):
         load_requests("owner/name")
     assert len(load_requests(ROWS)) == 4  # nothing else needs it
 

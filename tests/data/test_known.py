@@ -53,7 +53,7 @@ def test_known_and_counterfactual() -> None:
 
 def test_malformed() -> None:
     with pytest.raises(
-        DataError, match="record 3: field 'relation_id' is 'P1303', of which no record has another attribute"
+        DataError, match="record 3: field 'relation_id' is 'P1303', and no record with it has another attribute"
     ):
         load_requests(rows(), target="counterfactual")
     with pytest.raises(DataError, match="record 0: field 'attribute' is empty"):

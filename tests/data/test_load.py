@@ -52,7 +52,7 @@ def test_skip_bad_counts_and_logs(caplog: pytest.LogCaptureFixture) -> None:
     assert "2 of 5 records are malformed and were skipped" in caplog.text
     assert data.bad[0] in caplog.text
     with pytest.raises(
-        DataError, match="none of its 2 records can be used; the first: <list>, record 0: field 'target_new'"
+        DataError, match="none of its 2 records can be used; the first error: <list>, record 0: field 'target_new'"
     ):
         load_requests([{"prompt": "x"}, {"prompt": "y"}], skip_bad=True)
 
@@ -97,7 +97,7 @@ def test_unrelated_leaves_out_what_training_used_and_what_is_edited() -> None:
     )
     asked = {p.prompt for r in data.requests for p in r.probes}
     assert asked == {f"what is thing {i}?" for i in (2, 4, 5)}
-    with pytest.raises(DataError, match="4 unrelated probes a record asked for, but the pool has 3"):
+    with pytest.raises(DataError, match="4 unrelated probes wanted for each record, but the pool has 3"):
         load_requests([edited], unrelated=pool(4), unrelated_per_record=4)
 
 

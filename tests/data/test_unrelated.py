@@ -50,7 +50,7 @@ def test_bad_pools(tmp_path: Path) -> None:
         DataError, match="<texts>, record 0: a record must be an object with named fields, got a number"
     ):
         read_pool([3])  # type: ignore[list-item]
-    with pytest.raises(DataError, match=r"<texts>, record 0: field 'text' holds no word: '\?!'"):
+    with pytest.raises(DataError, match=r"<texts>, record 0: field 'text' has no words: '\?!'"):
         read_pool(["?!"])
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
@@ -66,7 +66,7 @@ def test_bad_pools(tmp_path: Path) -> None:
 
 def test_too_few_are_left() -> None:
     with pytest.raises(
-        DataError, match=r"<texts>: 40 unrelated questions asked for, 39 left of 40 distinct ones \(1 excluded\)"
+        DataError, match=r"<texts>: 40 unrelated questions wanted, but 39 left of 40 distinct ones \(1 excluded\)"
     ):
         unrelated_probes(TEXTS, 40, exclude=["nq question: What is thing 7"])
     assert len(unrelated_probes(TEXTS, exclude=TEXTS[:3])) == 37
@@ -98,5 +98,5 @@ def test_attach() -> None:
     assert [r.id for r in attached] == [r.id for r in requests]
     assert attach_unrelated(requests, pool, 0) == tuple(requests)
     assert attach_unrelated(requests, (), 0) == tuple(requests)
-    with pytest.raises(DataError, match="5 unrelated probes a record asked for, but the pool has 4"):
+    with pytest.raises(DataError, match="5 unrelated probes wanted for each record, but the pool has 4"):
         attach_unrelated(requests, pool, 5)

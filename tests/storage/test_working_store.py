@@ -544,6 +544,17 @@ def test_a_flipped_bit_anywhere_in_the_snapshot_is_refused(copy, name):
                 editor.load_adapter(copy)
 
 
+def test_each_of_two_damaged_neighbours_is_named_by_its_number(copy):
+    log = copy / "adapter.log"
+    data, records = bytearray(log.read_bytes()), read_log(log).records
+    for record in records[1:3]:
+        data[record.offset + HEADER_BYTES + 100] ^= 1
+    log.write_bytes(bytes(data))
+    contents = read_log(log)
+    assert [record.number for record in contents.records] == [0, 3]
+    assert [text.split(", ")[0] for text in contents.damage] == ["record 1", "record 2"]
+
+
 def test_a_record_that_is_taken_out_or_put_twice_is_missed(copy):
     log = copy / "adapter.log"
     data = log.read_bytes()
