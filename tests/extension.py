@@ -38,9 +38,9 @@ def read_trivia(record: Any, *, shout: bool = False) -> baft.EditRequest:
 
 
 @baft.register_metric("answer_words")
-def answer_words(plan: Any, scores: Any, texts: Any) -> float | None:
+def answer_words(record: Any, scores: Any, texts: Any) -> float | None:
     """Words of the text that is generated after the edit's prompt."""
-    text = texts.get(plan.request.prompt)
+    text = texts.get(record.request.prompt)
     return None if text is None else float(len(text.split()))
 
 

@@ -1,6 +1,6 @@
-"""Pictures of what :mod:`~baft_intervention.analysis.figures` and :mod:`~baft_intervention.analysis.inspection` measure.
+"""Plots of the results of :mod:`~baft_intervention.analysis.figures` and :mod:`~baft_intervention.analysis.inspection`.
 
-Each function gives a matplotlib figure, which a notebook shows as it is and :func:`save` writes as a PNG.
+Each function returns a matplotlib figure, which a notebook shows and :func:`save` writes as a PNG.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ try:
 except ModuleNotFoundError:
     raise ConfigError("pictures need matplotlib; install it with: pip install 'baft_intervention[eval]'") from None
 
-# readable by the colour-blind (Okabe and Ito); LoReFT first, BaFT second
+# distinct for the colour-blind (Okabe and Ito); LoReFT first, BaFT second
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00")
 INK, PALE = "#334155", "#94a3b8"
 _HEAT = "Blues"
@@ -40,10 +40,10 @@ def save(figure: Figure, path: str | Path) -> Path:
 
 
 def png_path(path: str | Path) -> Path:
-    """The path, if a PNG can be put there; to be asked before the work is done.
+    """Check, before the work, that a PNG can be written to this path, and return it.
 
     Raises:
-        ConfigError: another suffix, a folder in its place, or no folder to put it in.
+        ConfigError: the suffix is another one, the path is a folder, or its folder does not exist.
     """
     path = Path(path).expanduser()
     if path.suffix.lower() != ".png":
@@ -56,7 +56,7 @@ def png_path(path: str | Path) -> Path:
 
 
 def draw_inspection(found: Inspection) -> Figure:
-    """Heat maps of basis weights, one panel an edit: a row for each token, a column for each basis."""
+    """Heat maps of basis weights, one panel per edit, with a row per token and a column per basis."""
     tokens = [_literal(repr(token)[1:-1]) for token in found.tokens]
     height = 0.25 * len(tokens) + 1.6
     figure = Figure(figsize=(9.0, height * len(found.edits)), layout="constrained")
@@ -84,10 +84,10 @@ def draw_inspection(found: Inspection) -> Figure:
 
 
 def draw_redundant_dimensions(found: Mapping[str, RedundantDimensions]) -> Figure:
-    """Figure 1: how large the update is along each basis, and what is left of the edit when bases are dropped.
+    """Figure 1: the size of the update along each basis, and the target's probability when bases are dropped.
 
     Args:
-        found: ``method -> dimensions``; a line is the mean over edits, the band reaches from the 10th to the 90th percentile.
+        found: ``method -> dimensions``; lines are means over edits, bands reach from the 10th to the 90th percentile.
     """
     figure = Figure(figsize=(9.6, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -106,7 +106,7 @@ def draw_redundant_dimensions(found: Mapping[str, RedundantDimensions]) -> Figur
     _title(left, "Size of the update along each basis")
     right.set_xlabel("bases kept, largest first")
     right.set_ylabel("probability of the target")
-    _title(right, "What is left when the others are dropped")
+    _title(right, "Effect that is left without the other bases")
     right.text(
         0.98,
         0.04,
@@ -124,11 +124,11 @@ def draw_redundant_dimensions(found: Mapping[str, RedundantDimensions]) -> Figur
 
 
 def draw_weights_by_position(found: Mapping[str, WeightsByPosition], edited: str, irrelevant: str) -> Figure:
-    """Figure 2: heat maps of basis weights on edited and on irrelevant prompts, and the mean over bases for every group.
+    """Figure 2: heat maps of basis weights on edited and irrelevant prompts, and the mean over bases for every group.
 
     Args:
         found: ``network -> weights``, one row of panels each.
-        edited, irrelevant: names of the two groups that get a heat map.
+        edited, irrelevant: names of the two groups with a heat map.
     """
     figure = Figure(figsize=(11.4, 3.0 * len(found)), layout="constrained")
     grid: Any = figure.subplots(len(found), 3, squeeze=False, width_ratios=(1, 1, 1.25))
@@ -162,10 +162,10 @@ def draw_weights_by_position(found: Mapping[str, WeightsByPosition], edited: str
 
 
 def draw_batched_editing(found: Mapping[str, Sequence[BatchedEditing]]) -> Figure:
-    """Figure 3: success by the length of the prompt (above) and of the target (below), a column for each batch size.
+    """Figure 3: success by the length of the prompt (above) and of the target (below), with a column per batch size.
 
     Args:
-        found: ``method -> one result a batch size``, the same facts and sizes for every method.
+        found: ``method -> one result per batch size``, with the same facts and sizes for every method.
     """
     sizes = [batch.size for batch in next(iter(found.values()))]
     figure = Figure(figsize=(4.8 * len(sizes), 6.4), layout="constrained")
@@ -195,7 +195,7 @@ def draw_batched_editing(found: Mapping[str, Sequence[BatchedEditing]]) -> Figur
 
 
 def by_length(scores: Sequence[LengthScore], length: str, *, bins: int = 4) -> dict[str, list[LengthScore]]:
-    """Scores in at most ``bins`` groups of neighbouring lengths and about equal number: ``"5 to 7" -> scores``."""
+    """Scores in at most ``bins`` groups of similar length and about equal size: ``"5 to 7" -> scores``."""
     lengths = sorted(getattr(score, length) for score in scores)
     edges = sorted({lengths[len(lengths) * i // bins] for i in range(bins)})
     groups: dict[str, list[LengthScore]] = {}
@@ -211,18 +211,18 @@ def by_length(scores: Sequence[LengthScore], length: str, *, bins: int = 4) -> d
 
 
 def draw_tension(found: Mapping[str, Sequence[Tension]], names: Mapping[str, str] | None = None) -> Figure:
-    """The trade-off: one edit's update by distance, and every edit's leak against what no linear update can undercut.
+    """The trade-off: one edit's update by distance, and every edit's leak against the bound for linear updates.
 
     Args:
-        found: ``method -> one result an edit``; the same edits for every method, the linear one first, the one whose steadiness
-            the bound takes last. The first edit is drawn in full.
+        found: ``method -> one result per edit``, with the same edits for every method. The linear method comes first; the
+            bound uses the last one's drift. The left panel shows the first edit.
         names: ``id -> label``.
     """
     figure = Figure(figsize=(12.0, max(4.4, 0.27 * len(next(iter(found.values()))) + 2.2)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
     drawn = list(found.values())
     labels = [_literal((names or {}).get(result.id, result.id)) for result in drawn[0]]
-    # what both methods do alike is seen through the first one's rings
+    # rings, so that equal points of both methods stay visible
     looks = ({"s": 75, "facecolor": "none", "lw": 1.6}, {"s": 26, "lw": 0})
     for i, (colour, (name, results)) in enumerate(zip(COLOURS, found.items(), strict=False)):
         near, far = (tuple(zip(*points, strict=True)) for points in (results[0].paraphrases, results[0].unrelated))
@@ -300,12 +300,12 @@ def _bare(axes: Any) -> None:
 
 
 def _literal(text: str) -> str:
-    """What matplotlib is to show as it is: dollar signs would begin a formula."""
+    """A text with escaped dollar signs, which would begin a formula in matplotlib."""
     return text.replace("$", r"\$")
 
 
 def _wrapped(text: str, width: int = 118) -> str:
-    """At most two lines."""
+    """A text in at most two lines."""
     if len(text) <= width:
         return text
     cut = text.rfind(" ", 0, width)

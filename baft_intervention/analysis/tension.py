@@ -1,4 +1,4 @@
-"""The trade-off of every linear update, and how far from it an edit is: one inequality, and what it needs measured.
+"""The trade-off that binds every linear update, and measurements of how an edit compares with it.
 
 **The inequality.** LoReFT's update ``u(h) = R^T ((A - R) h + b)`` is affine: ``u(h) = M h + v`` with ``M = R^T (A - R)``. Let
 ``h0`` be the edited input, ``mu`` and ``C`` mean and covariance of unrelated inputs Q, and ``S = E_P (p - h0)(p - h0)^T`` the
@@ -11,8 +11,8 @@ spread of the paraphrases P about it. For every ``k >= 0``, if ``K = C + k S`` i
 ``B = [e, M K^(1/2)]``, while ``u(h0) = B (1, K^(-1/2) a)``, hence ``|u(h0)|^2 <= |B|_F^2 (1 + m_k^2)``.
 
 An update that is large at the edit and steady on its paraphrases therefore cannot be small on unrelated input, unless the
-edit lies far outside of it (a large Mahalanobis distance m). Input-aware weights make u non-affine, and nothing of the proof
-is left. ``docs/theory/linear.md`` has two more statements, when equality holds, and what this says in practice.
+edit is far from it (a large Mahalanobis distance m). Input-aware weights make u non-affine, so the bound does not apply to
+them. ``docs/theory/linear.md`` has two more statements, the case of equality, and what this means in practice.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from ..runtime.adapter import Edit
 from ..runtime.representations import read_blocks
 from .inspection import edit_network
 
-_POINTS = 128  # points of a set that are kept for a picture
+_POINTS = 128  # points of a set kept for a picture
 
 
 @dataclass(frozen=True)
 class Readings:
-    """Representations of inputs, unedited model.
+    """Representations of inputs in the unedited model.
 
     Args:
         x: ``(n, d)`` at the edited block.
-        early: for each text its tokens at the block where the subject is read, ``(T, d)``; empty where none is read.
-        columns: for each text the tokens that ``x`` holds.
+        early: the tokens of each text at the block where the subject is read, ``(T, d)``; empty if none is read.
+        columns: the columns of each text that ``x`` holds.
     """
 
     x: Tensor
@@ -51,16 +51,16 @@ class Readings:
 
 @dataclass(frozen=True)
 class Tension:
-    """One edit's update on its paraphrases and on unrelated input, in units of its size at the edit itself.
+    """One edit's update on its paraphrases and on unrelated input, relative to its size at the edit.
 
     Args:
-        id: of the edit.
+        id: id of the edit.
         size: ``|u(h0)|``, in units of the residual stream.
-        slope: ``|A - R|_2 / |u(h0)|``: without weights, ``u`` cannot change by more than this a unit of distance.
-        paraphrases, unrelated: ``[(|x - h0|, |u(x)| / |u(h0)|)]``; of many unrelated inputs 128, evenly taken.
+        slope: ``|A - R|_2 / |u(h0)|``; without weights, ``u`` changes by at most this per unit of distance.
+        paraphrases, unrelated: ``[(|x - h0|, |u(x)| / |u(h0)|)]``; at most 128 unrelated inputs, evenly spaced.
         drift: root mean square of ``|u(p) - u(h0)| / |u(h0)|`` over the paraphrases.
         leak: root mean square of ``|u(x)| / |u(h0)|`` over the unrelated inputs.
-        least_leak: what no affine update of this drift can undercut, see :func:`least_leak`.
+        least_leak: lower bound on the leak of any affine update with this drift, see :func:`least_leak`.
     """
 
     id: str
@@ -74,12 +74,13 @@ class Tension:
 
 
 def read_texts(editor: BaftEditor, texts: Sequence[str], *, prefixes: bool = False) -> Readings:
-    """What the edits of ``editor`` find in texts, none of them acting. Other editors of the model must be detached.
+    """Representations of texts where the edits of ``editor`` read them, with no edit acting.
 
     Args:
+        editor: the editor; other editors of its model must be detached.
         texts: prompts.
-        prefixes: every beginning of a text is an input of its own (the model looks back only), the first token left out,
-            whose representation is that of any first token; a text of one token is left out.
+        prefixes: use every beginning of a text as an input (the model is causal), except the first token, whose
+            representation is that of any first token; leaves out texts of one token.
 
     Raises:
         ConfigError: no text is left.
@@ -96,20 +97,19 @@ def read_texts(editor: BaftEditor, texts: Sequence[str], *, prefixes: bool = Fal
 
 
 def least_leak(edited: Tensor, unrelated: Tensor, paraphrases: Tensor, drift: float) -> float:
-    """What no affine update can undercut on unrelated input: root mean square of ``|u(x)| / |u(h0)|``.
+    """Lower bound on the leak of every affine update: root mean square of ``|u(x)| / |u(h0)|`` on unrelated input.
 
-    ``max_k sqrt(1 / (1 + m_k^2) - k drift^2)``, the module's inequality solved for the leak; every ``k`` gives a valid bound,
-    and the best one on a grid is taken. It needs no update: only where edit, paraphrases and unrelated inputs lie.
+    ``max_k sqrt(1 / (1 + m_k^2) - k drift^2)``, the module's inequality solved for the leak. Every ``k`` gives a valid bound;
+    this is the best one on a grid. It depends on the inputs alone, not on an update.
 
     Args:
         edited: ``h0 (d,)``.
         unrelated: ``(N, d)``.
         paraphrases: ``(n, d)``, n may be 0.
-        drift: root mean square of ``|u(p) - u(h0)| / |u(h0)|`` over the paraphrases that is allowed.
+        drift: the allowed root mean square of ``|u(p) - u(h0)| / |u(h0)|`` over the paraphrases.
 
     Raises:
-        ConfigError: the unrelated inputs do not span all d dimensions. An affine update could be 0 on all of them then,
-            and the bound would say nothing.
+        ConfigError: the unrelated inputs do not span all d dimensions, so an affine update could be 0 on all of them.
     """
     x, h0 = unrelated.double(), edited.double()
     centred = (x - x.mean(0)) / len(x) ** 0.5
@@ -120,7 +120,7 @@ def least_leak(edited: Tensor, unrelated: Tensor, paraphrases: Tensor, drift: fl
         )
     away = torch.linalg.solve_triangular(factor, (h0 - x.mean(0))[:, None], upper=False)  # C^(-1/2) a
     spread = torch.linalg.solve_triangular(factor, (paraphrases.double() - h0).mT, upper=False)  # C^(-1/2) (p - h0)
-    # K = C^(1/2) (I + k Z Z^T) C^(1/2)': with singular pairs (s, U) of Z, m_k^2 = |away|^2 less what k takes off in U
+    # K = C^(1/2) (I + k Z Z^T) C^(1/2)': with singular pairs (s, U) of Z, k shrinks the part of |away|^2 inside U
     directions, s, _ = torch.linalg.svd(spread / max(len(paraphrases), 1) ** 0.5, full_matrices=False)
     inside = (directions.mT @ away)[:, 0].square()  # (n,)
     outside = away.square().sum() - inside.sum()
@@ -132,17 +132,17 @@ def least_leak(edited: Tensor, unrelated: Tensor, paraphrases: Tensor, drift: fl
 
 @torch.no_grad()
 def tension(editor: BaftEditor, edit_id: str, paraphrases: Sequence[str], unrelated: Readings) -> Tension:
-    """How large one edit's update is at its prompt, on its paraphrases, and on unrelated input.
+    """Measure one edit's update at its prompt, on its paraphrases, and on unrelated input.
 
     Args:
-        editor: on one layer, editing the last token.
-        edit_id: of an edit with one request.
+        editor: an editor that edits the last token at one layer.
+        edit_id: id of an edit with one request.
         paraphrases: prompts that ask the same in other words, at least one.
-        unrelated: of :func:`read_texts` with this editor.
+        unrelated: from :func:`read_texts` with this editor.
 
     Raises:
-        EditError: no such edit, or it changes nothing at its own prompt.
-        ConfigError: settings for which this is not drawn, no paraphrase, or too few unrelated inputs.
+        EditError: there is no such edit, or it changes nothing at its own prompt.
+        ConfigError: the editor edits other tokens or layers, or there are no paraphrases or too few unrelated inputs.
     """
     layer = the_layer(editor)
     if editor.config.positions != "last":
@@ -180,11 +180,11 @@ def tension(editor: BaftEditor, edit_id: str, paraphrases: Sequence[str], unrela
 
 
 def edit_coordinates(editor: BaftEditor, edit: Edit, read: Readings) -> Tensor:
-    """``w_k(h) (a_k^T h + b_k - r_k^T h)``, an edit's update along its bases as if no other edit were there: ``(n, r)``."""
+    """``w_k(h) (a_k^T h + b_k - r_k^T h)``, one edit's update along its bases, without other edits: ``(n, r)``."""
     layer = the_layer(editor)
     tensors, network = edit.tensors[layer], edit_network(editor.adapter, layer, edit)
     if network.reads_subject:
-        # what the text up to each token has shown
+        # the subject score of the text up to each token
         shown = [network.of_prompt(x[: c + 1]) for x, at in zip(read.early, read.columns, strict=True) for c in at]
         subject_score = torch.stack(shown)
         weights = network(read.x, subject_score)  # (n, r)
@@ -194,7 +194,7 @@ def edit_coordinates(editor: BaftEditor, edit: Edit, read: Readings) -> Tensor:
 
 
 def edit_update(editor: BaftEditor, edit: Edit, read: Readings) -> Tensor:
-    """``u(x) = Phi(x) - x`` of one edit, as if no other were there: ``(n, d)``."""
+    """``u(x) = Phi(x) - x`` of one edit, without other edits: ``(n, d)``."""
     return edit_coordinates(editor, edit, read) @ edit.tensors[the_layer(editor)]["rotation"]
 
 
@@ -210,7 +210,7 @@ def the_layer(editor: BaftEditor) -> int:
 
 
 def read_rows(editor: BaftEditor, rows: Sequence[Sequence[int]], columns: Sequence[Sequence[int]]) -> Readings:
-    """As :func:`read_texts`, of rows of ids at chosen columns."""
+    """:func:`read_texts` for rows of ids at chosen columns."""
     adapter, layer = editor.adapter, the_layer(editor)
     wanted = [layer] if adapter.read_layer is None else sorted({layer, adapter.read_layer})
     every = columns if adapter.read_layer is None else [range(max(at) + 1) for at in columns]

@@ -1,4 +1,4 @@
-"""What the commands that work on a model or an adapter share: opening it, and reading prompts."""
+"""Opening a model or an adapter, and reading prompts, for several commands."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..storage.exchange import DESCRIPTION, read_directory
 
 
 def open_editor(args: argparse.Namespace, config: BaftConfig | None = None, *, keep: bool = False) -> BaftEditor:
-    """The editor of ``--adapter``, or of ``--model`` where no adapter is given.
+    """The editor of ``--adapter``, or without it of ``--model``.
 
     Args:
         args: with ``adapter``, ``model``, ``device`` and ``dtype``.
@@ -25,7 +25,7 @@ def open_editor(args: argparse.Namespace, config: BaftConfig | None = None, *, k
     if args.adapter is None:
         return BaftEditor.from_pretrained(args.model or "smollm2-135m", config, device=args.device, dtype=args.dtype)
     if not (Path(args.adapter).expanduser() / DESCRIPTION).is_file():
-        read_directory(args.adapter)  # says what is wrong; a model folder or a new adapter would be opened otherwise
+        read_directory(args.adapter)  # raises; opening it would take a model folder, or make a new adapter
     if keep:
         return BaftEditor.open(args.adapter, args.model, config, device=args.device, dtype=args.dtype)
     if args.model is None:
@@ -42,7 +42,7 @@ def open_editor(args: argparse.Namespace, config: BaftConfig | None = None, *, k
 
 
 def check_system(args: argparse.Namespace) -> None:
-    """Refuse ``--system`` without ``--chat``."""
+    """Check that ``--system`` comes with ``--chat``."""
     if args.system is not None and not args.chat:
         raise ConfigError("--system is a message of a conversation; give --chat with it")
 
@@ -52,7 +52,7 @@ def read_prompts(given: Sequence[str], source: str | None) -> list[str]:
 
     Args:
         given: the prompts on the command line.
-        source: a file with one prompt a line; ``-`` or None where none is given: standard input.
+        source: a file with one prompt per line; ``-`` means standard input, as does None without given prompts.
     """
     prompts = list(given)
     if source is None and not prompts:
@@ -70,7 +70,7 @@ def read_prompts(given: Sequence[str], source: str | None) -> list[str]:
             raise DataError(f"{name}: byte {error.start} is not UTF-8 ({error.reason}); save it as UTF-8") from None
         prompts += [line.removesuffix("\r") for line in lines if line.strip()]
         if not prompts:
-            raise DataError(f"{name} holds no prompt; write one a line")
+            raise DataError(f"{name} has no prompts; write one per line")
     for prompt in prompts:
         if not prompt.strip():
             raise DataError("a prompt is empty; give some text")

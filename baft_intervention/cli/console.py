@@ -1,4 +1,4 @@
-"""What the command line shows: tables for people, JSON for machines, and everything else on stderr."""
+"""Output of the command line: tables for people or JSON for machines on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ PIPED_WIDTH = 120  # columns of a table that goes to a file or a pipe
 
 
 class Output:
-    """Where a command's results go.
+    """The output of a command.
 
     Args:
-        as_json: results are one JSON value on stdout, and nothing else is written there.
-        quiet: no progress bar and no notes on stderr; warnings and errors stay.
+        as_json: write the result as one JSON value to stdout, and nothing else there.
+        quiet: write no progress bar and no notes to stderr, only warnings and errors.
     """
 
     def __init__(self, *, as_json: bool = False, quiet: bool = False):
@@ -28,17 +28,17 @@ class Output:
 
     @property
     def progress(self) -> bool:
-        """Whether a progress bar may be drawn on stderr: a terminal, and nobody asked for silence."""
+        """Whether to draw a progress bar: stderr is a terminal, and ``quiet`` is off."""
         return not self.quiet and sys.stderr.isatty()
 
     def note(self, text: str) -> None:
-        """One line for people about the work in progress; on stderr."""
+        """Write a line about the work in progress to stderr."""
         if not self.quiet:
             sys.stderr.write(text + "\n")
             sys.stderr.flush()
 
     def say(self, text: str = "", *, style: str = "") -> None:
-        """One line of the result, for people."""
+        """Write a line of the result for people."""
         if not self.as_json:
             from rich.text import Text
 
@@ -53,14 +53,14 @@ class Output:
         mark: int | None = None,
         sections: Iterable[int] = (),
     ) -> None:
-        """A table of the result, for people.
+        """Write a table of the result for people.
 
         Args:
             columns: headings.
-            rows: cells; each is shown as plain text, control characters replaced.
+            rows: cells, shown as plain text with control characters replaced.
             title: a line above.
-            mark: index of the column that holds a :data:`Mark`, which is coloured.
-            sections: indices of rows that a rule follows.
+            mark: index of the column of :data:`Mark`, which is coloured.
+            sections: indices of rows with a rule below.
         """
         if self.as_json:
             return
@@ -86,14 +86,14 @@ class Output:
         _console().print(table)
 
     def result(self, data: Any) -> None:
-        """The whole result, for machines: ASCII, so that it passes any pipe."""
+        """Write the whole result for machines, in ASCII, which passes any pipe."""
         if self.as_json:
             sys.stdout.write(json.dumps(data, indent=1) + "\n")
             sys.stdout.flush()
 
 
 class Silent(Output):
-    """Shows nothing: of several processes that run a command together, only one shows results."""
+    """Shows nothing, for all but one of several processes that run a command together."""
 
     def __init__(self) -> None:
         super().__init__(as_json=True, quiet=True)
@@ -103,7 +103,7 @@ class Silent(Output):
 
 
 def one_line(value: object) -> str:
-    """Text on one line: line ends as ``⏎``, and no control character that could reach the terminal."""
+    """A text on one line, with ``⏎`` for line ends and without control characters."""
     text = str(value).strip().replace("\r\n", "\n").replace("\n", "⏎")
     while "⏎⏎" in text:
         text = text.replace("⏎⏎", "⏎")
@@ -127,7 +127,7 @@ def set_up_logging(*, quiet: bool, debug: bool) -> None:
         logger.removeHandler(handler)
     logger.addHandler(_StderrHandler())
     logger.propagate = False
-    # not each retry of a hub that cannot be reached; the error says so
+    # hide the retries if the hub cannot be reached; the error says so
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 

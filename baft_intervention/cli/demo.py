@@ -1,7 +1,7 @@
 """``baft demo``: change a real model's facts, save them, load them in a fresh process, and undo them.
 
-Only the questions are prepared: every mark in the tables is computed from what the model wrote in this run. A neighbour
-is ``same`` only if its answer is the unedited one, letter by letter.
+Every mark in the tables is computed from what the model writes in this run. A neighbour is ``same`` only if its answer
+equals the unedited one, letter by letter.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from ..editor.editor import BaftEditor
 
-ANSWER_TOKENS = 8  # enough to see an answer; in a longer text, the rest after the answer would move as well
+ANSWER_TOKENS = 8  # enough to see an answer; in a longer text, what follows the answer would change too
 Kind = Literal["edit", "paraphrase", "neighbour"]
 
 
@@ -39,7 +39,7 @@ def _fact(prompt: str, target: str, subject: str, true: str, paraphrase: str, ne
     return EditRequest(prompt, target, subject=subject, target_true=(true,), probes=probes)
 
 
-# what SmolLM2-135M knows; one neighbour asks something else about the same subject, the other the same about another one
+# facts that SmolLM2-135M knows; one neighbour asks something else about the subject, the other the same about another subject
 FACTS = (
     _fact(
         "The capital of Japan is", "Osaka", "Japan", "Tokyo",
@@ -88,7 +88,7 @@ def add(commands: Any) -> None:
         commands,
         "demo",
         run,
-        summary="edit three facts of a real model, save, load, undo: all in a minute",
+        summary="edit three facts of a real model, save, load and undo, in a minute",
         description="Edits three facts of a real language model and shows, before and after: the edited question, a paraphrase,\n"
         "and two neighbours that should stay the same (each mark is computed, not assumed). Then it saves the edits,\n"
         "loads them in a fresh process, and undoes them. The first run also prepares the model (once).",
@@ -100,14 +100,14 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
-    """Run the demo; FAILED where one of its checks does."""
+    """Run the demo; FAILED if one of its checks fails."""
     import torch
 
     from ..editor.editor import BaftEditor
     from ..environment import cache_folder
 
     clock = _Clock()
-    out.note(f"baft: preparing {args.model} (the first run converts it and makes its bank of unrelated text, once)")
+    out.note(f"baft: preparing {args.model} (the first run converts it and reads the unrelated texts)")
     editor = BaftEditor.from_pretrained(args.model, device=args.device, dtype=args.dtype)
     _warm_up(editor)
     clock.lap("set_up")
@@ -145,7 +145,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         "all undone: every answer is the original one": all_undone == before,
         "the model's own weights never changed, byte for byte": weights_digest(editor.model) == digest,
     }
-    # what another edit's gate lets through is seen here, not promised
+    # not a check: another edit may still answer this prompt
     back = one_undone[FACTS[0].prompt] == before[FACTS[0].prompt]
     seconds = clock.total("set_up")
     _show_rest(
@@ -180,7 +180,7 @@ def weights_digest(model: torch.nn.Module) -> str:
 
 
 def _warm_up(editor: BaftEditor) -> None:
-    """Make and undo an edit: what a model's first edit prepares belongs to the set-up, not to the demo."""
+    """Make and undo an edit, so that the preparations of the first edit count as set-up."""
     report = editor.edit(EditRequest("The grass is", "blue", subject="grass"))
     editor.undo(report.edits[0].id)
 
@@ -229,7 +229,7 @@ class _Clock:
 
 
 def _counts(marks: Mapping[str, Mark]) -> dict[str, list[int]]:
-    """``kind -> [good, of all]``."""
+    """``kind -> [number as wanted, number of all]``."""
     good = {"ok", "same"}
     kinds = dict.fromkeys(q.kind for q in QUESTIONS)
     return {
@@ -298,11 +298,11 @@ def _show_rest(
     out.table(("question", "unedited", "edited", "first edit undone", "all undone"), rows, title="Taken back")
     out.table(("check", ""), [(name, "ok" if good else "missed") for name, good in checks.items()], mark=1)
     out.say(
-        f"{seconds:.1f} s in all, of which training {clock.laps['edited']:.1f} s; set-up before that "
-        f"{clock.laps['set_up']:.1f} s; {threads} threads"
+        f"{seconds:.1f} s in all ({clock.laps['edited']:.1f} s of training) after {clock.laps['set_up']:.1f} s of set-up; "
+        f"{threads} threads"
     )
     if moved := [q.prompt for q in QUESTIONS if marks[q.prompt] == "moved"]:
-        out.say(f"{len(moved)} of the neighbours moved, which they should not: {'; '.join(moved)}", style="yellow")
+        out.say(f"{len(moved)} neighbours changed, which they should not: {'; '.join(moved)}", style="yellow")
     if one_undone[edited[0]] != before[edited[0]]:
         out.say(f"with its edit undone, another edit still answers {edited[0]!r}", style="yellow")
     out.say(f'the edits are in {place}; try: baft generate --adapter {place} --prompt "…" --compare')

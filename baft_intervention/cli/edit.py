@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..editor.editor import BaftEditor, EditReport
     from ..requests import EditRequest
 
-_ANSWER_TOKENS = 12  # of the answers that are shown before and after
+_ANSWER_TOKENS = 12  # length of the answers shown before and after
 
 
 def add(commands: Any) -> None:
@@ -41,16 +41,16 @@ def add(commands: Any) -> None:
     parser.add_argument("--out", metavar="DIR", help="folder for the adapter; default: the one of --adapter")
     parser.add_argument("--adapter", metavar="DIR", help="add the edits to this adapter")
     parser.add_argument("--overwrite", action="store_true", help="replace an adapter that --out already holds")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out requests that cannot be used, and list them")
+    parser.add_argument("--skip-bad", action="store_true", help="skip requests that cannot be used, and list them")
     parser.add_argument("--limit", type=whole(1), metavar="N", help="only the first N records of the file")
-    parser.add_argument("--task", help="the file's benchmark or format, where it is not recognised")
+    parser.add_argument("--task", help="the file's benchmark or format if it is not recognised")
     parser.add_argument(
         "--show", type=whole(0), default=20, metavar="N", help="ask the first N prompts before and after; default: 20"
     )
     add_chat(parser)
-    settings = parser.add_argument_group("settings", "an option left out comes from --config, else from the defaults")
+    settings = parser.add_argument_group("settings", "options that are not given come from --config, else the defaults")
     settings.add_argument("--config", metavar="FILE", help="settings as YAML or JSON, fields of BaftConfig")
-    settings.add_argument("--rank", type=int, metavar="R", help="bases of an edit; default: 12")
+    settings.add_argument("--rank", type=int, metavar="R", help="number of bases of an edit; default: 12")
     settings.add_argument(
         "--layers",
         type=layers,
@@ -65,14 +65,14 @@ def add(commands: Any) -> None:
         metavar="NAME",
         help="the weighting network: subject_relation (the default), cosine, constant, linear, mlp",
     )
-    settings.add_argument("--steps", type=int, metavar="N", help="at most N optimiser steps an edit")
-    settings.add_argument("--learning-rate", type=float, metavar="LR", help="AdamW's learning rate")
+    settings.add_argument("--steps", type=int, metavar="N", help="at most N optimiser steps per edit")
+    settings.add_argument("--learning-rate", type=float, metavar="LR", help="learning rate of AdamW")
     settings.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same bytes in the adapter")
     add_device(parser)
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
-    """Train the requests of a file, each edit on the disk as soon as it is finished."""
+    """Train the requests of a file and save the edits."""
     from ..runtime.distributed import is_main, processes
 
     with processes():
@@ -98,7 +98,7 @@ def _run(args: argparse.Namespace, out: Output) -> int:
 def _edit(
     args: argparse.Namespace, out: Output, editor: BaftEditor, data: Any, place: Path, *, keep: bool, in_place: bool
 ) -> int:
-    """Edit, each edit on the disk as soon as it is finished; what ``--overwrite`` replaces stays until all are."""
+    """Edit, and write each finished edit to disk; an adapter to be overwritten stays until all edits are finished."""
     from ..models.chat import render_request
 
     asked = [request.as_chat(args.system) if args.chat else request for request in data.requests]
@@ -133,7 +133,7 @@ def _edit(
         editor.close(discard=True)
         raise
     after = _ask(editor, shown)
-    if not in_place:  # there each edit is in the log already
+    if not in_place:  # otherwise each edit is already in the log
         editor.save_pretrained(place)
     _show(out, report, requests, before, after, place, len(editor.edits))
     out.result(
@@ -173,11 +173,11 @@ def _show(
     replaced = f", {len(report.replaced)} earlier ones of the same prompts replaced" if report.replaced else ""
     out.say(f"{what} in {report.seconds:.1f} s{replaced}; {total} in {place}")
     if missed:
-        out.say(f"{len(missed)} do not give the whole target yet; raise --steps or --rank", style="bold red")
+        out.say(f"{len(missed)} edits do not give the whole target yet; raise --steps or --rank", style="bold red")
 
 
 def _place_of_result(args: argparse.Namespace) -> Path:
-    """Where the adapter goes; an unusable folder is refused here, before the training."""
+    """The folder for the adapter, checked before the training."""
     from ..storage.exchange import DESCRIPTION
     from ..storage.working_store import check_place
 
@@ -194,7 +194,7 @@ def _place_of_result(args: argparse.Namespace) -> Path:
 
 
 def _settings(args: argparse.Namespace) -> BaftConfig:
-    """Settings from the adapter to continue or the file, with the options on top."""
+    """Settings from the given adapter or the ``--config`` file, overridden by options."""
     from ..config import BaftConfig
     from ..storage.exchange import read_directory
 
@@ -217,7 +217,7 @@ def _settings(args: argparse.Namespace) -> BaftConfig:
 
 
 def _usable(editor: BaftEditor, requests: Sequence[EditRequest]) -> tuple[list[EditRequest], list[str]]:
-    """Requests that can be trained, and what is wrong with the others."""
+    """Requests that can be trained, and the errors of the others."""
     from ..models.chat import render_request
     from ..training.encoding import encode_request
 

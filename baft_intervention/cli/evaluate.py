@@ -19,21 +19,21 @@ def add(commands: Any) -> None:
         "evaluate",
         run,
         summary="score edits on a benchmark: reliability, generality, locality, portability",
-        description="Applies a method's edits of a benchmark and asks the probes of each record. The folder --out gets\n"
-        "records.jsonl (one line a record, the same bytes at each run), timings.jsonl, run.json (what was run) and\n"
-        "summary.json. The same command resumes a run that was interrupted. Several processes share the records.",
+        description="Applies a method to the edits of a benchmark and scores the probes of each record. The folder --out gets\n"
+        "records.jsonl (one line per record, the same bytes in each run), timings.jsonl, run.json (what was run) and\n"
+        "summary.json. The same command resumes an interrupted run. Several processes share the records.",
         example="  baft evaluate --task zsre --data ZsRE-test-all.json --method baft --limit 100 --out results/zsre-baft\n\n"
         "  several GPUs:  torchrun --nproc_per_node 4 -m baft_intervention.cli evaluate --device cuda --task zsre …",
     )
     what = parser.add_argument_group("what is evaluated")
-    what.add_argument("--task", help="benchmark or format (zsre, counterfact, wikibio, …), where it is not recognised")
+    what.add_argument("--task", help="benchmark or format (zsre, counterfact, wikibio, …) if it is not recognised")
     what.add_argument("--data", required=True, metavar="PATH", help="the benchmark's file, or a hub id")
     what.add_argument("--method", required=True, metavar="M", help="a method's name, or a YAML file with its settings")
     what.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting of the method; repeatable"
     )
     what.add_argument("--model", default="smollm2-135m", help=f"{MODEL_HELP}; default: smollm2-135m")
-    what.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
+    what.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
     what.add_argument("--fresh", action="store_true", help="delete the files of an earlier run in --out first")
     how = parser.add_argument_group("how")
     how.add_argument(
@@ -44,30 +44,36 @@ def add(commands: Any) -> None:
     )
     how.add_argument("--limit", type=whole(1), metavar="N", help="only the first N records")
     how.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of the method, the data's choices and sampled texts"
+        "--seed", type=int, default=0, metavar="N", help="seed of the method, of the data's draws and of sampled texts"
     )
     how.add_argument(
-        "--batch-size", type=whole(1), default=10, metavar="B", help="edits at once, for batched; default: 10"
+        "--batch-size", type=whole(1), default=10, metavar="B", help="edits in a batch, for batched; default: 10"
     )
     how.add_argument(
         "--checkpoints",
         type=whole_numbers,
         default=(1, 10, 100, 1000),
         metavar="T,T",
-        help="for sequential_final; default: 1,10,100,1000",
+        help="numbers of edits after which to score, for sequential_final; default: 1,10,100,1000",
     )
-    how.add_argument("--skip-bad", action="store_true", help="leave malformed records out and count them")
+    how.add_argument("--skip-bad", action="store_true", help="skip malformed records and count them")
     how.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the data's format; repeatable"
     )
     how.add_argument("--unrelated", metavar="PATH", help="file of unrelated questions, a further probe group")
-    how.add_argument("--unrelated-per-record", type=whole(1), default=2, metavar="N", help="default: 2")
+    how.add_argument(
+        "--unrelated-per-record",
+        type=whole(1),
+        default=2,
+        metavar="N",
+        help="unrelated questions per record; default: 2",
+    )
     how.add_argument(
         "--replies",
         type=whole(0),
         default=4,
         metavar="N",
-        help="ConvSent: replies to score on each side; 0 for all; default: 4",
+        help="ConvSent: replies to score for each sentiment; 0 for all; default: 4",
     )
     text = parser.add_argument_group("generated text")
     text.add_argument("--no-answers", action="store_true", help="generate no answers (no generation_em)")
@@ -79,10 +85,10 @@ def add(commands: Any) -> None:
         type=whole(0),
         default=32,
         metavar="N",
-        help="length of the sampled text that fluency is measured on; 0 for none; default: 32",
+        help="length of the sampled text for fluency; 0 for none; default: 32",
     )
     text.add_argument(
-        "--fluency-every", type=whole(1), default=1, metavar="N", help="on every N-th record only; default: 1"
+        "--fluency-every", type=whole(1), default=1, metavar="N", help="fluency of every N-th record only; default: 1"
     )
     machine = parser.add_argument_group("machine")
     add_device(machine)
@@ -90,7 +96,7 @@ def add(commands: Any) -> None:
     machine.add_argument(
         "--cache",
         metavar="DIR",
-        help="folder of the unedited model's outputs; none for no folder; default: the user's cache",
+        help="cache folder for the unedited model's outputs, or none; default: the user's cache",
     )
 
 
@@ -142,7 +148,7 @@ def _show(out: Output, summary: Mapping[str, Any], place: str) -> None:
     out.table(["metric", "mean", "95 % interval", "n"], rows, title=title)
     seconds = _number(summary["seconds_per_edit"])
     out.say(
-        f"{seconds} s an edit, {summary['trained_parameters']} trained parameters, {summary['failed']} failed edits"
+        f"{seconds} s per edit, {summary['trained_parameters']} trained parameters, {summary['failed']} failed edits"
     )
     out.say(f"results in {place}")
     out.result(summary)

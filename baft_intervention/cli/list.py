@@ -63,6 +63,6 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
 
 def _searched(edit: Mapping[str, Any]) -> list[str]:
-    """Where ``--find`` looks: the id, and of each request prompt, subject and target."""
+    """The texts that ``--find`` searches: the id, and prompt, subject and target of each request."""
     requests = [request.get(name) for request in edit["requests"] for name in ("prompt", "subject", "target_new")]
     return [text.casefold() for text in (edit["id"], *requests) if text]

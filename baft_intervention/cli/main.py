@@ -26,8 +26,8 @@ def build_parser() -> argparse.ArgumentParser:
         argparse.ArgumentParser,
         prog="baft",
         description="Edit what a language model knows, with basis-level representation fine-tuning (BaFT).\n"
-        "The model's weights stay as they are: an edit is a small map on one layer's output, kept in a folder\n"
-        "(the adapter), and can be undone.",
+        "The model's weights stay unchanged: an edit is a small map on one layer's output. Edits are saved in a folder\n"
+        "(the adapter) and can be undone.",
         epilog="start here:\n  baft demo\n  baft edit --help\n\n" + EXIT_CODES,
     )
     parser.add_argument("--version", action="version", version=f"baft {__version__}")
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         build_parser().print_help(sys.stderr)
         return BAD_INPUT
     debug, as_json = "--debug" in argv, "--json" in argv
-    if any("\0" in text for text in argv):  # no shell can give one, and no file name can hold one
+    if any("\0" in text for text in argv):  # a shell cannot pass one, and a file name cannot contain one
         return _report(ConfigError(), "an argument has a null character in it", BAD_INPUT, debug=debug, as_json=as_json)
     try:
         args = build_parser().parse_args(argv)
@@ -58,30 +58,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(error, str(error), code, debug=debug, as_json=as_json)
     except KeyboardInterrupt as error:
         return _report(error, str(error) or "interrupted", INTERRUPTED, debug=debug, as_json=as_json)
-    except BrokenPipeError:  # the reader has seen enough, e.g. `baft list | head`
+    except BrokenPipeError:  # the reader has closed the pipe, e.g. `baft list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except Exception as error:
-        text = f"unexpected {type(error).__name__}: {error} (run it again with --debug to see where)"
+        text = f"unexpected {type(error).__name__}: {error} (run again with --debug for the traceback)"
         return _report(error, text, FAILED, debug=debug, as_json=as_json)
 
 
 def _run(args: argparse.Namespace) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # before torch is imported: where other processes want the cores too, threads that spin while they wait for each
-    # other made the demo 14 times slower (423 s against 30 s, 2 threads on 2 cores at a load of 6)
+    # before torch is imported: threads that spin while they wait made the demo 14 times slower on busy cores
+    # (423 s against 30 s, 2 threads on 2 cores at a load of 6)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if args.quiet:
         os.environ.setdefault("TQDM_DISABLE", "1")  # before tqdm is imported
-    # imports make a million objects that stay: Python's default, a collection every 700, takes a sixth of the start-up
+    # imports make a million objects that stay; Python's default of a collection every 700 takes a sixth of the start-up
     gc.set_threshold(100_000, 20, 20)
     set_up_logging(quiet=args.quiet, debug=args.debug)
     return args.run(args, Output(as_json=args.json, quiet=args.quiet))
 
 
 def _with_negative_layers(argv: list[str]) -> list[str]:
-    """``--layers -5,-1`` as ``--layers=-5,-1``: argparse would take the value for an option."""
+    """Write ``--layers -5,-1`` as ``--layers=-5,-1``, since argparse would read the value as an option."""
     joined: list[str] = []
     for text in argv:
         if joined and joined[-1] == "--layers" and text[:1] == "-" and text[1:2].isdigit():
@@ -92,7 +92,7 @@ def _with_negative_layers(argv: list[str]) -> list[str]:
 
 
 def _not_the_users(error: BaftError) -> bool:
-    """Whether the input was right and the operation failed, e.g. on a full disk."""
+    """Whether the operation failed on valid input, e.g. on a full disk."""
     return isinstance(error, AdapterError) and isinstance(error.__cause__, OSError)
 
 

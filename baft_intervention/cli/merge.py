@@ -18,9 +18,8 @@ def add(commands: Any) -> None:
         "merge",
         run,
         summary="merge the edits of two adapters",
-        description="Adds the edits of another adapter of the same base model and settings to --adapter. An edit that both hold\n"
-        "is kept once. Where both answer one prompt differently, nothing is merged unless --on-conflict says whose answer\n"
-        "stays.",
+        description="Adds the edits of another adapter of the same base model and settings to --adapter. An edit that both have\n"
+        "is kept once. If both answer a prompt differently, nothing is merged unless --on-conflict says whose answer to keep.",
         example="  baft merge --adapter ours theirs --out both\n  baft merge --adapter ours theirs --on-conflict theirs",
     )
     parser.add_argument("other", metavar="OTHER", help="the adapter folder to add edits from; it stays as it is")
@@ -49,16 +48,16 @@ def run(args: argparse.Namespace, out: Output) -> int:
         )
     with open_editor(args, keep=args.out is None) as editor:
         report = editor.merge(args.other, on_conflict=args.on_conflict)
-        if args.out is not None:  # in place the change is in the log already
+        if args.out is not None:  # otherwise the change is already in the log
             editor.save_pretrained(place)
     kept = "theirs" if report.kept == "theirs" else "ours"
     rows = [(conflict.prompt, conflict.ours, conflict.theirs, kept) for conflict in report.conflicts]
     if rows:
         out.table(("conflict", "ours", "theirs", "kept"), rows)
     for old, new in report.renamed.items():
-        out.say(f"their edit {old} is {new} here: an edit of another prompt has that id")
+        out.say(f"their edit {old} is now {new}: an edit of another prompt has that id")
     out.say(
-        f"{len(report.added)} edits added, {len(report.same)} held already, {len(report.conflicts)} conflicts; "
+        f"{len(report.added)} edits added, {len(report.same)} already there, {len(report.conflicts)} conflicts; "
         f"{len(editor.edits)} in {place}"
     )
     out.result({"adapter": str(place), **report.to_dict(), "edits_in_adapter": len(editor.edits)})

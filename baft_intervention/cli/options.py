@@ -1,4 +1,4 @@
-"""Building blocks of the commands' parsers: option groups that several commands share, and readers of values."""
+"""Parts of the commands' parsers: options that several commands share, and readers of values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MODEL_HELP = "smollm2-135m (installed with the project), a local folder, or a hu
 
 
 def new_parser(make: Any, *args: Any, description: str, epilog: str = "", **kwargs: Any) -> argparse.ArgumentParser:
-    """A parser whose help keeps the line breaks of its texts and whose options are never abbreviated."""
+    """A parser whose help keeps line breaks and whose options cannot be abbreviated."""
     kwargs["formatter_class"] = argparse.RawDescriptionHelpFormatter
     return make(*args, description=description, epilog=epilog, allow_abbrev=False, **kwargs)
 
@@ -29,11 +29,11 @@ def add_command(
 
     Args:
         commands: the subparsers of ``baft``.
-        name: the command.
-        run: called with the arguments and the output; gives the exit code.
+        name: name of the command.
+        run: called with the arguments and the output; returns the exit code.
         summary: its line in ``baft --help``.
-        description: opens its own help.
-        example: closes it.
+        description: the beginning of its own help.
+        example: the end of its own help.
     """
     epilog = f"example:\n{example}\n\n{EXIT_CODES}"
     parser = new_parser(commands.add_parser, name, help=summary, description=description, epilog=epilog)
@@ -66,7 +66,7 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
 
 
 def add_adapter(parser: argparse.ArgumentParser, *, moved_model: bool = True) -> None:
-    """``--adapter``, required, and ``--model`` for a base model that was moved."""
+    """The required ``--adapter``, and ``--model`` for a base model that was moved."""
     parser.add_argument("--adapter", metavar="DIR", required=True, help="an adapter folder, written by baft edit")
     if moved_model:
         parser.add_argument("--model", metavar="M", help="where the base model is now, if it was moved")
@@ -76,7 +76,7 @@ def add_adapter(parser: argparse.ArgumentParser, *, moved_model: bool = True) ->
 
 
 def whole(low: int, below: int | None = None) -> Callable[[str], int]:
-    """A reader of whole numbers from ``low`` on."""
+    """A reader of whole numbers of at least ``low``, and less than ``below``."""
 
     def read(text: str) -> int:
         try:
@@ -93,7 +93,7 @@ def whole(low: int, below: int | None = None) -> Callable[[str], int]:
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:
-    """Positive whole numbers with commas between."""
+    """Positive whole numbers separated by commas."""
     return tuple(whole(1)(part) for part in text.split(","))
 
 
@@ -113,8 +113,8 @@ def number_between(low: float, high: float, what: str) -> Callable[[str], float]
 
 
 def layers(text: str) -> tuple[int, ...]:
-    """Block numbers with commas between; negative ones count from the end."""
+    """Block numbers separated by commas; negative ones count from the end."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} must be block numbers with commas between, e.g. 20,25") from None
+        raise argparse.ArgumentTypeError(f"{text!r} must be block numbers separated by commas, e.g. 20,25") from None

@@ -1,4 +1,4 @@
-"""``baft undo``: take edits back."""
+"""``baft undo``: undo edits."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def add(commands: Any) -> None:
         commands,
         "undo",
         run,
-        summary="take edits back",
-        description="Takes edits out of an adapter folder; baft list shows their ids.",
+        summary="undo edits",
+        description="Removes edits from an adapter folder; baft list shows their ids.",
         example="  baft undo --adapter japan 3f0c2a91d7be\n  baft undo --adapter japan --all",
     )
-    parser.add_argument("ids", nargs="*", metavar="ID", help="the edit's id; several may be given")
+    parser.add_argument("ids", nargs="*", metavar="ID", help="id of an edit; several are possible")
     add_adapter(parser)
-    parser.add_argument("--all", action="store_true", help="take back every edit")
+    parser.add_argument("--all", action="store_true", help="undo every edit")
     parser.add_argument("--out", metavar="DIR", help="write the result to this folder and leave --adapter as it is")
     add_device(parser)
 
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
             undone = editor.undo_all([edit.id for edit in editor.edits] if args.all else list(dict.fromkeys(args.ids)))
         except EditError as error:
             raise RequestError(f"{args.adapter}: {error}") from None
-        if args.out is not None:  # in place the change is in the log already
+        if args.out is not None:  # otherwise the change is already in the log
             editor.save_pretrained(place)
     rows = [(edit.id, request.question, request.target_new) for edit in undone for request in edit.requests]
     if rows:

@@ -16,16 +16,16 @@ def add(commands: Any) -> None:
         "validate",
         run,
         summary="check files of edits",
-        description="Reads every record of the files (a folder stands for all data files in it), and says where each malformed\n"
-        "record is and what is wrong with it.",
+        description="Reads every record of the files (a folder means all data files in it), and reports each malformed record\n"
+        "with its place and problem.",
         example="  baft validate edits.json\n  baft validate ../data --json",
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="JSON, JSON Lines or CSV files, or folders of them")
-    parser.add_argument("--task", help="the benchmark or format, where it is not recognised")
+    parser.add_argument("--task", help="the benchmark or format if it is not recognised")
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
-    """Show what is wrong with the files."""
+    """Show what is in the files and what is wrong with them."""
     from ..data import validate
 
     report = validate(args.files, task=args.task)

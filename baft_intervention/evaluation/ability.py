@@ -1,8 +1,8 @@
-"""What edits cost a model elsewhere, as the report tells it: the tables of ``benchmarks/general_ability.py``'s results.
+"""The report's section on general ability: what edits cost a model elsewhere, measured by ``benchmarks/general_ability.py``.
 
-A result is a JSON file with ``method`` (or ``weighting``), ``data`` and ``rows``: ``{"edits", "accuracy", "unmoved"}`` after so
-many edits, the first of them before any. For a folder of benchmark results ``X`` they lie in ``X/general_ability/``, or beside it
-in ``general_ability/X.*.json``.
+A result is a JSON file with ``method`` (or ``weighting``), ``data`` and ``rows`` of ``{"edits", "accuracy", "unmoved"}``; the
+first row is the unedited model. Results of a benchmark folder ``X`` are in ``X/general_ability/``, or beside it in
+``general_ability/X.*.json``.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ FOLDER = "general_ability"
 
 
 def read_abilities(folder: str | Path) -> list[dict[str, Any]]:
-    """The results that belong to a folder of benchmark results, ordered by file name; empty where there are none.
+    """The results that belong to a folder of benchmark results, ordered by file name.
 
     Raises:
-        DataError: a file that is no such result.
+        DataError: a file is not such a result.
     """
     folder = Path(folder).resolve()
     inside = sorted((folder / FOLDER).glob("*.json"))
@@ -34,7 +34,7 @@ def read_abilities(folder: str | Path) -> list[dict[str, Any]]:
             name = data.get("method") or data["weighting"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
-                f"{path} is no result of benchmarks/general_ability.py: {error!r}; delete it or run it again"
+                f"{path} is not a result of benchmarks/general_ability.py: {error!r}; delete it or run it again"
             ) from None
         if not rows or rows[0][0] != 0:
             raise DataError(f"{path} has no row before the first edit; run benchmarks/general_ability.py again")
@@ -43,14 +43,14 @@ def read_abilities(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def ability_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The Markdown section; no lines where there are no results."""
+    """The lines of the Markdown section; none without results."""
     if not results:
         return []
     lines = [
         "## General ability",
         "",
-        "lm-evaluation-harness on everyday questions of four choices, of which nothing was edited, before and after so many "
-        "edits; *same*: answers whose log-likelihood is the unedited model's to the last bit.",
+        "lm-evaluation-harness on everyday questions with four choices, none of them edited, before and after the edits; "
+        "*same*: answers whose log-likelihood equals the unedited model's to the last bit.",
         "",
         "| method | edits of | edits | accuracy | change | same |",
         "|---|---|---:|---:|---:|---:|",

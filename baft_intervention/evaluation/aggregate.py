@@ -1,8 +1,7 @@
-"""From records to one number: means the way EasyEdit takes them, and bootstrap intervals over records.
+"""Means over records, as in EasyEdit, with bootstrap intervals.
 
-A record with ten locality questions counts as much as a record with one: the mean of a metric is the *mean
-over records of the record's own mean*. A record that has no value for a metric (no rephrase in the data, say)
-is left out of that metric's mean and of its ``n``.
+The mean of a metric is the *mean over records of each record's mean*, so a record with ten locality questions counts as
+much as a record with one. A record without a value (no rephrase in the data, say) counts neither in the mean nor in ``n``.
 """
 
 from __future__ import annotations
@@ -17,19 +16,19 @@ import numpy as np
 from .metrics import mean
 
 MetricTable = Mapping[str, float | None]
-GEOMETRIC = ("perplexity",)  # averaged as logarithms: one record with 1e6 would be the whole arithmetic mean
+GEOMETRIC = ("perplexity",)  # averaged as logarithms: one record with 1e6 would dominate an arithmetic mean
 
 
 def column(records: Sequence[MetricTable], name: str) -> list[float]:
-    """The values of one metric, in record order, records without it left out."""
+    """The values of one metric, in the order of the records that have it."""
     return [float(v) for r in records if (v := r.get(name)) is not None]
 
 
 def aggregate(records: Sequence[MetricTable], *, seed: int = 0, resamples: int = 1000) -> dict[str, dict[str, Any]]:
     """Every metric's ``{"mean", "n", "ci_low", "ci_high"}``, ordered by name; :data:`GEOMETRIC` ones as geometric means.
 
-    The interval is the 95 % percentile bootstrap over records; each metric draws from its own stream, made
-    from ``seed`` and its name, so that adding a metric does not move another's interval.
+    The interval is the 95 % percentile bootstrap over records. Each metric draws from its own stream, seeded by ``seed`` and
+    its name, so adding a metric does not change another's interval.
     """
     result = {}
     for name in sorted({name for r in records for name in r}):

@@ -1,10 +1,9 @@
-"""The unedited model's answers: computed once, kept on disk, never used when stale.
+"""The unedited model's outputs: computed once, kept on disk, never used when stale.
 
-Locality, KL divergence and ConvSent's score compare with the model before the edit. What it says depends on the
-model's parameters, on the exact ids that it reads, on how they are batched, on this code and on the libraries;
-all of that is hashed into the key of a file, and the file repeats its key. Anything that changed gives another
-key, so an old answer is not found rather than found and wrong. One file a record, written aside and renamed, so
-that parallel runs may share a folder and a killed run leaves no torn file.
+Locality, KL divergence and ConvSent's score compare with the model before the edit. Its outputs depend on the parameters,
+the exact ids, how they are batched, this code and the libraries. The key of a file is a hash of all of these, and the
+file repeats it, so a stale output is never found. Each record has one file, written under a temporary name and renamed:
+parallel runs may share a folder, and a killed run leaves no incomplete file.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ class BaselineOutputs:
     Args:
         predicted: argmax ids of each query.
         log_probs: log-probability of each target token of each query.
-        states: ``(sum of widths of divergence queries, d)``: hidden states before the output head; or log-probabilities
-            ``(..., V)`` where the head cannot be read alone.
-        block_inputs: ``block -> (sum of row lengths, d)``, what enters the blocks at which edited models may resume.
+        states: hidden states before the output head, ``(sum of widths of divergence queries, d)``; log-probabilities
+            ``(..., V)`` if the head cannot be run by itself.
+        block_inputs: ``block -> (sum of row lengths, d)``, inputs of the blocks at which edited models may resume.
         as_tuple: whether the model's blocks return tuples.
     """
 
@@ -49,10 +48,10 @@ class BaselineOutputs:
 
 
 def baseline_key(queries: list[Query], rows: list[TokenRow], settings: dict[str, Any]) -> str:
-    """sha256 (hex) over what the answers depend on.
+    """sha256 (hex) of everything that the outputs depend on.
 
     Args:
-        queries, rows: of one record.
+        queries, rows: those of one record.
         settings: model fingerprint, code and library versions, batching, device, threads, resume block.
     """
     content = {
@@ -64,7 +63,7 @@ def baseline_key(queries: list[Query], rows: list[TokenRow], settings: dict[str,
 
 
 def code_version() -> str:
-    """A hash of the modules that the answers come from."""
+    """A hash of the modules that compute the outputs."""
     digest = hashlib.sha256()
     package = Path(__file__).parents[1]
     for name in ("queries", "baseline_outputs", "scoring", "forward"):
@@ -74,12 +73,12 @@ def code_version() -> str:
 
 
 class BaselineCache:
-    """Baseline outputs by key: in a folder, or in memory where none is given.
+    """Baseline outputs by key, in a folder or in memory.
 
     Args:
-        folder: of the files; made at first use. In memory only the latest ones keep their block inputs, which are
-            nearly all of the size; without them an edited model computes all its blocks.
-        blocks_in_memory: how many.
+        folder: folder of the files, created at the first use; None keeps the outputs in memory.
+        blocks_in_memory: how many outputs in memory keep their block inputs, which are most of the size. An edited model
+            computes all its blocks for the others.
     """
 
     def __init__(self, folder: str | Path | None, *, blocks_in_memory: int = 256) -> None:
@@ -93,12 +92,12 @@ class BaselineCache:
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def get(self, key: str, queries: list[Query], *, blocks: Sequence[int] = ()) -> BaselineOutputs | None:
-        """The outputs under a key, or ``None`` where there are none or the file is damaged.
+        """The outputs under a key; None if there are none or the file is damaged.
 
         Args:
-            key: of :func:`baseline_key`.
-            queries: of the record, for their widths.
-            blocks: the block inputs that are wanted; others are not read.
+            key: from :func:`baseline_key`.
+            queries: the record's queries, for their widths.
+            blocks: the blocks whose inputs to read.
         """
         if key in self._memory or self.folder is None:
             return self._memory.get(key)
@@ -118,7 +117,7 @@ class BaselineCache:
             predicted = [list(t) for t in tensors["predicted"].split(widths)]
             log_probs = [list(t) for t in tensors["log_probs"].split([len(q.target_ids) for q in queries])]
         except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
-            logger.warning("%s cannot be used and is computed anew: %s", path, error)
+            logger.warning("%s cannot be used and is computed again: %s", path, error)
             return None
         return BaselineOutputs(
             [[int(i) for i in row] for row in predicted],
@@ -129,7 +128,7 @@ class BaselineCache:
         )
 
     def put(self, key: str, baseline: BaselineOutputs) -> None:
-        """Keep outputs under their key."""
+        """Store outputs under their key."""
         if self.folder is None:
             self._memory[key] = baseline
             self._with_blocks.append(key)
@@ -159,5 +158,5 @@ class BaselineCache:
 
 
 def default_cache_folder() -> Path:
-    """Where the command line keeps them: a folder in :func:`~baft_intervention.environment.cache_folder`."""
+    """The command line's folder, inside :func:`~baft_intervention.environment.cache_folder`."""
     return cache_folder() / "priors"

@@ -1,8 +1,7 @@
-"""The optimiser loop that the rival methods share, so that they differ by what they train and by nothing else.
+"""The optimiser loop that the rival methods share, so that they differ only in what they train.
 
-The loss is the mean over requests of the mean cross entropy over target tokens (EasyEdit's FT-M). Blocks below the
-first trained one are computed once and skipped at each step, logits are computed at target positions only;
-neither changes a gradient.
+The loss is the mean over requests of the mean cross entropy over target tokens (EasyEdit's FT-M). Blocks below the first
+trained one are computed once, and logits only at target positions; neither changes a gradient.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from ..models.tokenization import encode_pair, pad_rows, pad_token_id
 from ..requests import EditRequest
 from .forward import BlockInput, LogitReader, capture_block_input, resume_at
 
-_CHUNK_TOKENS = 4096  # padded tokens that are trained at once; larger batches accumulate gradients
+_CHUNK_TOKENS = 4096  # padded tokens in one forward pass; larger batches accumulate gradients
 
 
 @dataclass(frozen=True)
@@ -29,12 +28,12 @@ class Fitting:
     """Settings of the loop.
 
     Args:
-        learning_rate: of AdamW.
-        steps: most steps.
-        loss_target: stop when the loss (nats a token) is below; 0 never stops early.
-        weight_decay: of AdamW.
-        append_eos: train the end of sequence behind the target as well.
-        max_grad_norm: clip the gradient to this norm; 0 does not.
+        learning_rate: learning rate of AdamW.
+        steps: maximum number of steps.
+        loss_target: stop when the loss (nats per token) is below; 0 never stops early.
+        weight_decay: weight decay of AdamW.
+        append_eos: also train the end-of-sequence token after the target.
+        max_grad_norm: clip the gradient to this norm; 0 does not clip.
     """
 
     learning_rate: float
@@ -47,13 +46,13 @@ class Fitting:
 
 @dataclass
 class TrainingBatch:
-    """Right-padded rows of prompt and target, and where their target tokens are predicted.
+    """Right-padded rows of prompt and target, and the positions that predict target tokens.
 
     Args:
         ids, mask: ``(B, T)``.
-        lengths: of the prompts.
+        lengths: lengths of the prompts.
         rows, columns, targets, weights: ``(N,)``; the weights of a request's tokens sum to its share in the batch.
-        start: what enters the first block that is computed at each step.
+        start: input of the first block that each step computes.
     """
 
     ids: torch.Tensor
@@ -75,14 +74,14 @@ def training_batches(
     prompt_last: bool = False,
     rewrite: Callable[[str], str] = lambda prompt: prompt,
 ) -> list[TrainingBatch]:
-    """Rows of the requests, in chunks of some thousand padded tokens.
+    """Rows of the requests, in chunks of a few thousand padded tokens.
 
     Args:
         requests: the edits.
-        model: tells the device.
-        tokenizer: gives the ids.
+        model: the model, for its device.
+        tokenizer: the model's tokenizer.
         append_eos: add the end-of-sequence token to each target.
-        prompt_last: predict *all* target tokens from the last prompt token (FT-L's objective), the target not being input.
+        prompt_last: predict *all* target tokens from the last prompt token (FT-L's objective); the target is not input.
         rewrite: changes a prompt before it is encoded.
     """
     device = model.get_input_embeddings().weight.device
@@ -129,24 +128,21 @@ def fit(
     after_step: Callable[[], None] | None = None,
     penalty: Callable[[], torch.Tensor] | None = None,
 ) -> tuple[int, float]:
-    """Train ``parameters`` until the loss target or the last step; gives ``(steps taken, last loss seen)``.
-
-    The loss is measured before each step and the loop stops without stepping once it is below the target, so the
-    loss that is given is that of the returned parameters unless the steps ran out.
+    """Train ``parameters`` until the loss target or the last step: ``(steps taken, loss of the trained parameters)``.
 
     Args:
         model: the model, with the edit on it.
-        reader: of the same model.
+        reader: reader of the same model.
         batches: from :func:`training_batches`.
-        parameters: what is trained; everything else is left out of the graph.
-        settings: learning rate, steps, stop.
+        parameters: the trained parameters; all others are frozen meanwhile.
+        settings: learning rate, number of steps, stopping rule.
         first_block: blocks below it are not trained.
-        at_prompt: the edit's own context manager for prompt lengths.
+        at_prompt: the edit's context manager for prompt lengths.
         after_step: called after each step (constraints).
-        penalty: a further term of what is minimised; the loss that is given and compared is without it.
+        penalty: a further term to minimise; the returned loss, and the one compared with the target, leave it out.
 
     Raises:
-        EditError: a loss that is not finite. The parameters are left as they are then; the caller rolls back.
+        EditError: a loss is not finite. The caller must restore the parameters.
     """
     frozen = [p for p in model.parameters() if p.requires_grad]
     for p in frozen:

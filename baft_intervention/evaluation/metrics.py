@@ -1,17 +1,14 @@
-"""Metrics of knowledge editing as pure functions: numbers in, a number out, no model and no state.
-
-Each family has its own names, and no function answers for two of them:
+"""Metrics of knowledge editing as pure functions of numbers and texts.
 
 * *token accuracy* (teacher-forced): :func:`token_accuracy`, :func:`token_accuracy_easyedit`, :func:`all_tokens_right`;
 * *free generation*: :func:`exact_match`, :func:`answer_f1`, :func:`begins_with_answer`, :func:`multi_hop_accuracy`;
 * *probability success* (ROME): :func:`probability_success`, :func:`probability_magnitude`;
-* *locality*: :func:`token_match` (share of argmax tokens that did not move), :func:`kl_divergence` (nats);
+* *locality*: :func:`token_match` (share of argmax tokens that did not change), :func:`kl_divergence` (nats);
 * *text quality*: :func:`ngram_entropy` (bits), :func:`perplexity`;
 * *ConvSent*: :func:`convsent_score`.
 
-``None`` means *no value*: an empty group has no mean, and no mean takes a 0 or NaN in its place
-(:func:`mean`). Sources: EasyEdit ``easyeditor/evaluate/evaluate_utils.py``; ROME ``experiments/py``;
-MEND/SERAC ``losses.py``; SQuAD v1.1's evaluation script.
+``None`` means *no value*, e.g. the mean of an empty group; means leave it out. Sources: EasyEdit
+``easyeditor/evaluate/evaluate_utils.py``; ROME ``experiments/py``; MEND/SERAC ``losses.py``; SQuAD v1.1's evaluation script.
 """
 
 from __future__ import annotations
@@ -29,10 +26,10 @@ _WORDS = re.compile(r"\w+|[^\w\s]")
 
 
 def mean(values: Iterable[float | bool | None]) -> float | None:
-    """Arithmetic mean of the values that there are; ``None`` where there are none.
+    """Arithmetic mean of the values that are not None; None if there are none.
 
     Raises:
-        ValueError: a value is NaN; a metric that could not be computed must say ``None``.
+        ValueError: a value is NaN; a metric that could not be computed must be None.
     """
     present = [float(v) for v in values if v is not None]
     if any(math.isnan(v) for v in present):
@@ -44,23 +41,23 @@ def mean(values: Iterable[float | bool | None]) -> float | None:
 
 
 def token_accuracy(predicted: Sequence[int], target: Sequence[int], lead: int = 0) -> float | None:
-    """Share of the target's tokens that are the model's argmax, white-space lead tokens left out.
+    """Share of the target's tokens that are the model's argmax, without leading white-space tokens.
 
     ``mean_{j >= lead} [predicted_j == target_j]``, where ``predicted_j`` is the argmax after the prompt and
-    the *target's* first ``j`` tokens. The answer ``" 2006"`` is ``Ġ 2 0 0 6`` for many tokenizers; that lone
-    ``Ġ`` follows almost any prompt and would be a point for nothing.
+    the *target's* first ``j`` tokens. Many tokenizers encode the answer ``" 2006"`` as ``Ġ 2 0 0 6``; a lone ``Ġ`` follows
+    almost any prompt, so predicting it should not count.
 
     Args:
-        predicted: argmax ids, one a target token.
+        predicted: argmax ids, one per target token.
         target: the target's ids.
-        lead: how many of the first target tokens are white space only, see :func:`lead_tokens`.
+        lead: number of leading white-space tokens, see :func:`lead_tokens`.
     """
     _same_length(predicted, target)
     return mean(p == t for p, t in zip(predicted[lead:], target[lead:], strict=True))
 
 
 def token_accuracy_easyedit(predicted: Sequence[int], target: Sequence[int]) -> float | None:
-    """The same with every token counted, as EasyEdit's ``test_prediction_acc`` counts (lone space tokens included)."""
+    """Token accuracy including leading white-space tokens, as EasyEdit's ``test_prediction_acc``."""
     return token_accuracy(predicted, target, 0)
 
 
@@ -71,7 +68,7 @@ def all_tokens_right(predicted: Sequence[int], target: Sequence[int], lead: int 
 
 
 def lead_tokens(texts: Sequence[str]) -> int:
-    """How many tokens at the beginning of an answer are white space only; never all of them.
+    """Number of tokens at the beginning of an answer that are white space only; never all of them.
 
     Args:
         texts: the answer's tokens, each decoded alone.
@@ -88,8 +85,8 @@ def lead_tokens(texts: Sequence[str]) -> int:
 def token_match(before: Sequence[int], after: Sequence[int], lead: int = 0) -> float | None:
     """Locality: share of positions at which the edited model's argmax is the unedited model's.
 
-    The positions are those of the data set's answer (its text says how many tokens are compared and what
-    they follow, not what is right). With ``lead=0`` this is EasyEdit's locality.
+    The positions are those of the data set's answer, which sets their number and context but not what is right. With
+    ``lead=0`` this is EasyEdit's locality.
     """
     return token_accuracy(after, before, lead)
 
@@ -115,14 +112,14 @@ def probability_success(wanted: float, others: Sequence[float]) -> float | None:
     """1 if the wanted answer is more likely than every other, else 0.
 
     Args:
-        wanted: mean log-probability a token of the answer that should win (ROME divides by the length).
-        others: the same of the answers that should lose; none means no value.
+        wanted: mean log-probability per token of the answer that should win (ROME divides by the length).
+        others: the same of the answers that should lose; without any, there is no value.
     """
     return float(wanted > max(others)) if others else None
 
 
 def probability_magnitude(wanted: float, others: Sequence[float]) -> float | None:
-    """ROME's magnitude ``exp(wanted) - exp(max others)``, from mean log-probabilities a token; in [-1, 1]."""
+    """ROME's magnitude ``exp(wanted) - exp(max others)``, from mean log-probabilities per token; in [-1, 1]."""
     return math.exp(wanted) - math.exp(max(others)) if others else None
 
 
@@ -146,8 +143,8 @@ def exact_match(generated: str, answers: Sequence[str]) -> float | None:
 def begins_with_answer(generated: str, answers: Sequence[str]) -> float | None:
     """1 if the generated text *begins* with one of the answers, word by word, normalised.
 
-    Looser than :func:`exact_match`: it does not ask that the model stop after the answer, which an editor
-    whose training targets have no end-of-sequence token never teaches.
+    Looser than :func:`exact_match`: the model need not stop after the answer, which edits trained without an
+    end-of-sequence token do not teach it.
     """
     if not answers:
         return None
@@ -171,7 +168,7 @@ def _f1(words: list[str], wanted: list[str]) -> float:
 
 
 def multi_hop_accuracy(right: Sequence[float | bool | None]) -> float | None:
-    """MQuAKE's accuracy of a case: 1 if *any* of its paraphrased multi-hop questions is answered right."""
+    """MQuAKE's accuracy of a case: 1 if *any* wording of its multi-hop question is answered right."""
     present = [bool(r) for r in right if r is not None]
     return float(any(present)) if present else None
 
@@ -183,8 +180,8 @@ def ngram_entropy(text: str, weights: Sequence[tuple[int, float]] = ((2, 2 / 3),
     """ROME's fluency: weighted mean of the entropies of the text's 2-gram and 3-gram frequencies, in bits.
 
     ``(1/2) [ (2/3) H_2 + (4/3) H_3 ]`` with ``H_n = -sum_g f_g log2 f_g``. Words are runs of letters and
-    digits, and single punctuation marks (ROME uses nltk's tokenizer; they differ at contractions only). The
-    highest value that ``m`` words can reach grows like ``log2 m``: compare only texts of one length.
+    digits, and single punctuation marks (ROME uses nltk's tokenizer, which differs only at contractions). The maximum for
+    ``m`` words grows like ``log2 m``, so compare only texts of equal length.
 
     Returns:
         ``None`` for a text with fewer words than the longest n-gram.
@@ -201,7 +198,7 @@ def ngram_entropy(text: str, weights: Sequence[tuple[int, float]] = ((2, 2 / 3),
 
 
 def perplexity(log_probs: Sequence[float]) -> float | None:
-    """``exp(-mean log p)`` over the tokens of a text (natural logarithms); a value above 1e30 is cut there."""
+    """``exp(-mean log p)`` over the tokens of a text (natural logarithms), at most 1e30."""
     average = mean(log_probs)
     return None if average is None else math.exp(min(-average, math.log(1e30)))
 
@@ -212,11 +209,11 @@ def perplexity(log_probs: Sequence[float]) -> float | None:
 def convsent_score(
     desired_after: Sequence[float], opposite_after: Sequence[float], desired_before: Sequence[float]
 ) -> float | None:
-    """``sigmoid(mean D' - mean O') * min(1, exp(mean D' - mean D))`` from log-probabilities a token.
+    """``sigmoid(mean D' - mean O') * min(1, exp(mean D' - mean D))`` from log-probabilities per token.
 
-    ``D'``, ``O'``: of the desired and of the opposite replies under the edited model, ``D``: of the desired
-    replies under the unedited one; means over all tokens of all replies (MEND's ``es_sent``). The first
-    factor asks for the sentiment, the second that replies on the topic stay as likely as they were.
+    ``D'`` and ``O'`` belong to the desired and the opposite replies under the edited model, ``D`` to the desired
+    replies under the unedited model; means over all tokens of all replies (MEND's ``es_sent``). The first
+    factor measures the sentiment; the second drops if replies on the topic become less likely than before.
     """
     if not desired_after or not opposite_after or not desired_before:
         return None
@@ -228,4 +225,4 @@ def convsent_score(
 
 def _same_length(a: Sequence[object], b: Sequence[object]) -> None:
     if len(a) != len(b):
-        raise ValueError(f"{len(a)} predicted tokens for {len(b)} target tokens; give one prediction a target token")
+        raise ValueError(f"{len(a)} predicted tokens for {len(b)} target tokens; give one prediction per target token")

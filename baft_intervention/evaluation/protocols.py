@@ -1,25 +1,24 @@
-"""When edits are applied and when they are asked about: four protocols, each with one meaning.
+"""The four protocols: when edits are applied, and when their records are scored.
 
 =========================  ==============================================================================================
-``single``                 one edit (or one MQuAKE case), asked, taken off; then the next
-``batched``                ``batch_size`` edits at once, all asked, all taken off; then the next batch
-``sequential_immediate``   one edit after another on the same model, each asked right after it is made
-``sequential_final``       the same, but nothing is asked before ``T`` edits are in, then all ``T``; for each checkpoint ``T``
-                           in one pass, and for all edits at the end
+``single``                 apply one edit (or one MQuAKE case), score it, remove it; then the next
+``batched``                apply ``batch_size`` edits, score all, remove all; then the next batch
+``sequential_immediate``   add one edit after another to the same model, and score each right after it is made
+``sequential_final``       add one edit after another, and score the first ``T`` after ``T`` edits, for each checkpoint ``T``
+                           in one pass and for all edits at the end
 =========================  ==============================================================================================
 
-(EasyEdit's ``sequential_edit`` has meant the fourth until June 2026, the third since.)
+(EasyEdit's ``sequential_edit`` meant the fourth until June 2026, and means the third since.)
 
-Results go to ``records.jsonl`` group by group, times to ``timings.jsonl``. A run that was cut goes on where it stood:
-``single`` and ``batched`` with the next group; the sequential ones *apply the earlier edits again*, without asking, which
-needs no copy of the state of every kind of method, and gives the same model because edits are deterministic.
+Results go to ``records.jsonl`` group by group, times to ``timings.jsonl``. An interrupted run resumes: ``single`` and
+``batched`` with the next group; the sequential protocols first *apply the earlier edits again* without scoring them, which
+gives the same model because edits are deterministic.
 
-Several processes share a run out, unit after unit to one rank after the other, and rank 0 writes the files in the order of
-one process. A unit is a stage of ``single`` and ``batched``; of the sequential protocols, which are one stream, it is a group
-of records that are asked, and every rank makes all edits itself. A run may go on with another number of processes.
+Several processes divide a run into units, which go to the ranks in turn; rank 0 writes the files in the order of one
+process. In ``single`` and ``batched`` a unit is a stage. In the sequential protocols it is a group of records to score, and
+every rank makes all edits itself. A run may resume with another number of processes.
 
-An edit that fails is part of the result: its record has the reason under ``error`` and is scored on the model as the
-failure left it, that is, without the edit.
+A failed edit is part of the result: its record has the reason under ``error``, and is scored on the model without the edit.
 """
 
 from __future__ import annotations
@@ -52,20 +51,20 @@ logger = logging.getLogger(__name__)
 ProtocolName = Literal["single", "batched", "sequential_immediate", "sequential_final"]
 PROTOCOLS: tuple[str, ...] = get_args(ProtocolName)
 DEFAULT_CHECKPOINTS = (1, 10, 100, 1000)
-_GROUP = 16  # records that are scored together where many are asked at once
-_TURNS = 4  # units of each of several processes between two meetings: a kill costs so much, and no rank waits long
+_GROUP = 16  # records that are scored together
+_TURNS = 4  # units of each process between two writes: a kill loses at most these, and no rank waits long
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What is generated freely after each edit.
+    """Which texts to generate after each edit.
 
     Args:
-        answers: whether answers are generated for the edit's prompt, rephrases and multi-hop questions.
-        margin: an answer runs for as many tokens as its longest alias, and so many more.
-        max_new_tokens: at most.
+        answers: whether to generate answers to the edit's prompt, rephrases and multi-hop questions.
+        margin: an answer is generated to the length of its longest alias plus this many tokens.
+        max_new_tokens: upper limit of that length.
         fluency_tokens: length of the sampled text whose fluency is measured; 0 measures none.
-        fluency_every: measure it on every n-th record only.
+        fluency_every: measure fluency on every n-th record only.
     """
 
     answers: bool = True
@@ -77,13 +76,13 @@ class Generation:
 
 @dataclass(frozen=True)
 class ProtocolSettings:
-    """How a run proceeds.
+    """A protocol and its settings.
 
     Args:
         name: one of :data:`PROTOCOLS`.
-        batch_size: of ``batched``.
-        checkpoints: of ``sequential_final``; the number of all edits is added.
-        seed: of sampled texts (the method has its own).
+        batch_size: number of edits in a batch, for ``batched``.
+        checkpoints: for ``sequential_final``; the number of all edits is always one too.
+        seed: seed of sampled texts (the method has its own).
         generation: see :class:`Generation`.
     """
 
@@ -104,13 +103,13 @@ class ProtocolSettings:
 
 @dataclass(frozen=True)
 class Stage:
-    """Edits that are applied one after another, and the records that are asked about then.
+    """Edits that are applied one after another, and the records that are scored afterwards.
 
     Args:
-        fresh: take all edits off before.
+        fresh: remove all earlier edits first.
         batches: indices of the requests of each call of ``apply``.
-        asked: indices of the requests that are scored after them.
-        checkpoint: number of edits that are in, for ``sequential_final``.
+        asked: indices of the requests that are then scored.
+        checkpoint: number of edits in the model, for ``sequential_final``.
     """
 
     fresh: bool
@@ -120,7 +119,7 @@ class Stage:
 
 
 def stages_of(requests: Sequence[EditRequest], protocol: ProtocolSettings) -> list[Stage]:
-    """The whole run, in order."""
+    """The stages of a whole run, in order."""
     cases = case_indices(requests)
     if protocol.name in ("single", "sequential_immediate"):
         return [Stage(protocol.name == "single", (case,), case) for case in cases]
@@ -151,14 +150,14 @@ def run_protocol(
     *,
     progress: bool = True,
 ) -> None:
-    """Run, or go on with, a protocol; the results are in ``folder/records.jsonl`` afterwards.
+    """Run a protocol, or resume it, and write the results to ``folder/records.jsonl``.
 
     Args:
-        scorer: of the base model, which must be unedited.
-        method: the editor.
-        requests: the records.
-        protocol: protocol and its settings.
-        folder: where the files are; those of a cut run of the same settings are continued.
+        scorer: scorer of the base model, which must be unedited.
+        method: the editing method.
+        requests: the edits.
+        protocol: the protocol and its settings.
+        folder: folder of the results; files of an interrupted run with the same settings are continued.
         progress: show a bar with the time left.
     """
     requests = [render_request(scorer.tokenizer, request) for request in requests]
@@ -181,7 +180,7 @@ def run_protocol(
 
 @dataclass(frozen=True)
 class _Unit:
-    """What one rank does in one go: groups of records that it asks, after the stage's edits where ``apply`` says so."""
+    """Work of one rank: groups of records to score, after the stage's edits if ``apply`` is set."""
 
     stage: Stage
     groups: tuple[tuple[int, ...], ...]
@@ -193,7 +192,7 @@ class _Unit:
 
 
 def _units(stages: Sequence[Stage], written: int) -> list[_Unit]:
-    """What is still to be done when so many records are written."""
+    """The units that remain when ``written`` records are in the file."""
     units, seen = [], 0
     for stage in stages:
         left = []
@@ -202,20 +201,20 @@ def _units(stages: Sequence[Stage], written: int) -> list[_Unit]:
             left += [group] if seen > written else []
         if stage.fresh:
             units += [_Unit(stage, tuple(left), True)] if left else []
-        else:  # the edits of each stage are needed for the next, asked about or not
+        else:  # the next stage needs the edits of this one even if its records are scored already
             units.append(_Unit(stage, tuple(left[:1]), True))
             units += [_Unit(stage, (group,), False) for group in left[1:]]
     return units
 
 
 def _groups(stage: Stage) -> Iterator[tuple[int, ...]]:
-    """Records that are scored, and written, together; never parts of two stages."""
+    """Records of one stage that are scored and written together."""
     for start in range(0, len(stage.asked), _GROUP):
         yield stage.asked[start : start + _GROUP]
 
 
 def _whole_groups(stages: Sequence[Stage], lines: int) -> int:
-    """Lines of the groups that are complete."""
+    """Number of lines in complete groups."""
     total = 0
     for stage in stages:
         for group in _groups(stage):
@@ -231,11 +230,11 @@ class _Run:
     ) -> None:
         self.scorer, self.method, self.requests, self.protocol, self.folder = scorer, method, requests, protocol, folder
         self.outcome: dict[int, dict[str, Any]] = {}
-        self.times: list[dict[str, Any]] = []  # that are not written yet
+        self.times: list[dict[str, Any]] = []  # not written yet
         self.first = distributed.is_main()
 
     def go(self, stages: Sequence[Stage], files: Sequence[RecordFile], written: int, progress: bool) -> None:
-        """Do what is left; ``files`` has the file on rank 0, and nothing on others."""
+        """Run the remaining units; ``files`` holds the record file on rank 0, and is empty on others."""
         from tqdm.auto import tqdm
 
         units = _units(stages, written)
@@ -243,7 +242,7 @@ class _Run:
         whose = {id(unit): n % ranks for n, unit in enumerate(u for u in units if u.groups)}
         own = {id(unit) for unit in units if whose.get(id(unit)) == distributed.rank()}
         begin = time.perf_counter()
-        if not stages[0].fresh:  # nothing can be computed on the unedited model later
+        if not stages[0].fresh:  # the model is unedited only now
             self.scorer.prepare([self.requests[i] for i in sorted({i for u in units if id(u) in own for i in u.asked})])
         edited = self.method.attach(self.scorer.model, self.scorer.tokenizer)
         self._time(setup_seconds=time.perf_counter() - begin)
@@ -268,7 +267,7 @@ class _Run:
     def _turn(self, edited: EditedModel, turn: Sequence[_Unit], own: set[int]) -> tuple[dict, list]:
         """``({number in the turn: lines}, times)`` of this rank."""
         found = {}
-        with distributed.alone():  # an edit of one rank is none of the others' business
+        with distributed.alone():  # each rank edits by itself
             for number, unit in enumerate(turn):
                 mine = id(unit) in own
                 if unit.apply and (mine or not unit.stage.fresh):
@@ -279,7 +278,7 @@ class _Run:
         return found, times
 
     def _begin(self, edited: EditedModel, unit: _Unit) -> None:
-        """Make the edits of a unit's stage."""
+        """Apply the edits of a unit's stage."""
         if unit.stage.fresh:
             edited.reset()
             self.outcome.clear()
@@ -289,7 +288,7 @@ class _Run:
         self._apply(edited, unit.stage, again=not unit.groups)
 
     def _write(self, file: RecordFile, lines: Sequence[dict[str, Any]], times: Sequence[dict[str, Any]]) -> None:
-        """Records as they come, and times, which differ from run to run, into their own file."""
+        """Append records, and write times to their own file, since they differ from run to run."""
         file.append(lines)
         with open(self.folder / "timings.jsonl", "ab") as side:
             side.writelines(dump_line(values) for values in times)
@@ -346,7 +345,7 @@ class _Run:
         scores: Sequence[Sequence[QueryScore]],
         group: Sequence[int],
     ) -> tuple[dict[tuple[int, str], str], dict[int, str]]:
-        """Answers by (place in the group, prompt), and sampled texts by place; all in one batch."""
+        """Answers by (index in the group, prompt), and sampled texts by index, all generated in one batch."""
         settings = self.protocol.generation
         jobs: list[tuple[int, str | None, str, int, list[int], torch.Generator | None]] = []
         for k, (record, found) in enumerate(zip(records, scores, strict=True)):
@@ -384,7 +383,7 @@ def _is_generated(question: Question) -> bool:
 
 
 def _known(score: QueryScore) -> list[int]:
-    """The greedy continuation as far as teacher forcing has shown it: the answer up to and with the first other token."""
+    """The beginning of the greedy answer that teacher forcing shows: up to and including the first token off the target."""
     known = []
     for predicted, target in zip(score.predicted, score.query.target_ids, strict=True):
         known.append(predicted)

@@ -1,9 +1,9 @@
-"""From a request to rows of token ids: what is asked about an edit, and how little must be computed for it.
+"""From a request to the fewest rows of token ids that score it.
 
-A request and its probes become :class:`Question`\\ s; each question's answers become :class:`Query`\\ s (one prompt,
-one answer, ids apart); queries become :class:`TokenRow`\\ s, the sequences that go through the model. The last answer token
-is never an input, and a query whose input begins another's of the same prompt shares its row: all one-token
-answers of a prompt cost one row. Rows are packed into right-padded batches by :func:`pack`.
+A request and its probes become :class:`Question`\\ s; each question's answers become :class:`Query`\\ s (one prompt and
+one answer, encoded apart); queries become :class:`TokenRow`\\ s, the sequences that go through the model. The last answer token
+is never an input, and a query whose input is the beginning of another's shares its row: all one-token answers to a
+prompt cost one row. :func:`pack` sorts rows into right-padded batches.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from ..models.tokenization import encode_pair, encode_prompt
 from ..requests import EditRequest
 from .metrics import lead_tokens
 
-REPLY_GROUPS = ("sentiment", "other_topic")  # ConvSent's groups: their answers are replies, several are scored
-_BATCH_OVERHEAD = 24  # cost of starting one more batch, in tokens (measured: 30 ms against 2.1 ms a token on one core)
+REPLY_GROUPS = ("sentiment", "other_topic")  # ConvSent's groups: several of their answers are scored
+_BATCH_OVERHEAD = 24  # cost of one more batch, in tokens (measured: 30 ms against 2.1 ms per token on one core)
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Question:
     """A probe, or the edit itself (kind ``edit``), with the queries that score it.
 
     Args:
-        wanted: indices of the queries of its answers (of the bare prompt where it has none).
+        wanted: indices of the queries of its answers; without answers, of the bare prompt.
         against: indices of the queries of its contrasts.
     """
 
@@ -40,11 +40,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Query:
-    """A prompt and one answer; an empty ``target_ids`` asks for the one prediction after the prompt.
+    """A prompt and one answer; with empty ``target_ids``, only the next token after the prompt is predicted.
 
     Args:
-        lead: white-space tokens at the beginning of the answer that are left out of accuracies.
-        divergence: whether the whole distribution is compared with the unedited model's.
+        lead: number of white-space tokens at the beginning of the answer, which accuracies leave out.
+        divergence: whether to compare the whole distribution with the unedited model's.
     """
 
     prompt: str
@@ -55,7 +55,7 @@ class Query:
 
     @property
     def width(self) -> int:
-        """How many predictions are read."""
+        """Number of predictions to read."""
         return max(1, len(self.target_ids))
 
 
@@ -70,7 +70,7 @@ class TokenRow:
 
 @dataclass
 class RecordQueries:
-    """Everything that is asked about one request."""
+    """All questions about one request, and their queries."""
 
     request: EditRequest
     questions: list[Question] = field(default_factory=list)
@@ -83,15 +83,15 @@ def make_record_queries(
     """The questions about a request and their queries.
 
     Args:
-        request: the edit, whose probes are asked.
-        tokenizer: gives the ids; boundaries between prompt and answer come from concatenated ids.
-        replies: for ConvSent's groups, how many answers and contrasts are scored, evenly spaced; 0 for all. Elsewhere
-            the first answer is scored (as EasyEdit scores ``ground_truth[0][0]``).
-        contrasts: how many contrasts are scored elsewhere; 0 for all.
-        context: longest sequence that the model can read.
+        request: the edit and its probes.
+        tokenizer: the model's tokenizer; it encodes prompt and answer apart.
+        replies: how many answers and contrasts to score in ConvSent's groups, evenly spaced; 0 for all. Other groups
+            score the first answer (as EasyEdit scores ``ground_truth[0][0]``).
+        contrasts: how many contrasts to score in other groups; 0 for all.
+        context: the longest sequence that the model can read.
 
     Raises:
-        RequestError: a sequence longer than ``context``, or a text that the tokenizer makes no token of.
+        RequestError: a sequence is longer than ``context``, or the tokenizer gives no tokens for a text.
     """
     record = RecordQueries(request)
     index: dict[tuple[Any, ...], int] = {}
@@ -121,7 +121,7 @@ def make_record_queries(
 
 
 def make_query(
-    tokenizer: Any, prompt: str, target: str | None, divergence: bool, context: int | None = None, where: str = ""
+    tokenizer: Any, prompt: str, target: str | None, divergence: bool, context: int | None = None, source: str = ""
 ) -> Query:
     """Encode one prompt and answer."""
     if target is None:
@@ -131,14 +131,14 @@ def make_query(
         lead = lead_tokens([tokenizer.decode([i]) for i in target_ids])
     if context and len(prompt_ids) + len(target_ids) > context:
         raise RequestError(
-            f"{where}: {len(prompt_ids) + len(target_ids)} tokens of prompt and answer, but the model reads {context} "
-            f"at most; shorten {prompt[:60]!r} or leave this record out"
+            f"{source}: prompt and answer have {len(prompt_ids) + len(target_ids)} tokens, but the model reads at most "
+            f"{context}; shorten {prompt[:60]!r} or leave this record out"
         )
     return Query(prompt, tuple(prompt_ids), tuple(target_ids), lead, divergence)
 
 
 def spaced(items: Sequence[str], count: int) -> tuple[str, ...]:
-    """``count`` of the items, evenly spaced and the first among them; all for 0."""
+    """``count`` of the items, evenly spaced from the first on; all for 0."""
     if count <= 0 or len(items) <= count:
         return tuple(items)
     return tuple(items[i * len(items) // count] for i in range(count))
@@ -150,8 +150,8 @@ def make_rows(
     """The fewest rows that hold all queries, and each query's row.
 
     Args:
-        queries: what is asked.
-        prompt_ids: ids of a query's prompt as the edited model sees it; its own where left out.
+        queries: the queries.
+        prompt_ids: gives the ids of a query's prompt as the edited model sees it; by default the query's own.
     """
     rows: list[TokenRow] = []
     place = [0] * len(queries)
@@ -172,10 +172,10 @@ def make_rows(
 
 
 def pack(rows: Sequence[TokenRow], *, token_budget: int = 4096, read_budget: int = 512) -> list[list[int]]:
-    """Rows in batches, so that padding and the number of batches together cost least.
+    """Divide rows into batches at the least cost of padding and of starting batches.
 
     Rows are sorted by length; the cut points minimise ``sum (batch size * longest row + overhead)``. A
-    batch holds at most ``token_budget`` padded tokens and ``read_budget`` predictions (a single row always fits).
+    batch holds at most ``token_budget`` padded tokens and ``read_budget`` predictions, or a single row.
     """
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), i))
     best = [0.0] + [float("inf")] * len(order)  # least cost of the first n rows

@@ -1,26 +1,26 @@
-"""From scores and generated texts of one record to its metrics, each family under its own names.
+"""The metrics of one record, from its scores and generated texts.
 
-Names of a record's metrics (a group's name is put behind a slash, e.g. ``portability/Reasoning``):
+The metrics of a group have its name after a slash, e.g. ``portability/Reasoning``:
 
 =============================================  ============================================================================
 ``reliability`` ``generality``                 token accuracy on the edit's prompt, and on rephrases (mean over probes)
 ``portability``                                the same on consequences; by group as ``portability/<group>``
-``locality`` ``unrelated``                     share of argmax tokens that did not move, along the data set's answer
-``<name>_easyedit``                            any of these with white-space lead tokens counted, as EasyEdit counts
+``locality`` ``unrelated``                     share of argmax tokens that did not change, along the data set's answer
+``<name>_easyedit``                            any of these including leading white-space tokens, as in EasyEdit
 ``<name>_exact``                               all tokens right (reliability, generality, portability)
 ``locality_kl`` ``unrelated_kl``               KL(unedited || edited) in nats, mean over positions
 ``efficacy`` ``paraphrase`` ``neighbourhood``  ROME's probability success, and ``_magnitude``
 ``perplexity``                                 of the target after the edit's prompt
 ``convsent``                                   SERAC's score on the reworded question
-``generation_em`` ``_f1``                      greedy text cut at end of sequence, on the edit's prompt
-``generation_em_sentence``                     the same cut at the first line or sentence end as well
+``generation_em`` ``_f1``                      greedy text up to the end of sequence, on the edit's prompt
+``generation_em_sentence``                     the same for the text's first sentence or line
 ``generation_prefix``                          the text begins with the answer
 ``rephrase_generation_*``                      the same on rephrases
-``multi_hop``                                  MQuAKE's accuracy of the case, by generated text that begins with the answer
+``multi_hop``                                  MQuAKE's accuracy of the case: generated text that begins with the answer
 ``fluency``                                    n-gram entropy (bits) of a sampled continuation of the edit's prompt
 =============================================  ============================================================================
 
-A metric of your own is one function and one line::
+To add a metric::
 
     @register_metric("answer_length")
     def answer_length(record, scores, texts):
@@ -54,9 +54,9 @@ _REGISTRY: dict[str, RecordMetric] = {}
 def register_metric(name: str) -> Callable[[RecordMetric], RecordMetric]:
     """Decorator: add a metric of a record to every evaluation, under ``name`` in its records and summary.
 
-    The function gets the record's record, the scores of the record's queries in order (argmax ids and log-probabilities of the
-    edited and the unedited model), and the generated texts by prompt (empty where nothing is generated). It gives a number,
-    or None where the record has no value; a summary holds the mean over the records that have one.
+    The function takes the record's :class:`~.queries.RecordQueries`, the scores of its queries in order (argmax ids and
+    log-probabilities of the edited and the unedited model), and the generated texts by prompt. It returns a number, or None if
+    the record has no value; a summary has the mean over the records that have one.
 
     Raises:
         ConfigError: the name is taken by another function.
@@ -70,16 +70,16 @@ def record_metrics(
     texts: Mapping[str, str] | None = None,
     sample: str | None = None,
 ) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
-    """A record's metrics, and the same probe by probe.
+    """The metrics of a record and of each of its probes.
 
     Args:
-        record: what was asked.
-        scores: of the record's queries, in order.
+        record: the questions and queries.
+        scores: scores of the record's queries, in order.
         texts: generated texts by prompt; prompts that are not in it have no generation metrics.
         sample: the text whose fluency is measured.
 
     Returns:
-        ``(metrics, probes)``; a probe's dict holds ``kind``, ``group`` and the values that it has.
+        ``(metrics, probes)``; a probe's dict holds ``kind``, ``group`` and its values.
     """
     values: dict[str, list[float | None]] = defaultdict(list)
     probes = []
@@ -98,7 +98,7 @@ def record_metrics(
         table["fluency"] = m.ngram_entropy(sample)
     for name, metric in _REGISTRY.items():
         if name in table:
-            raise ConfigError(f"the metric {name!r} has the name of one of the library's own; choose another name")
+            raise ConfigError(f"the metric {name!r} has the name of a metric of the library; choose another name")
         table[name] = metric(record, scores, texts or {})
     return dict(sorted(table.items())), probes
 
@@ -136,7 +136,7 @@ def _collect(values: dict[str, list[float | None]], question: Question, name: st
 def question_metrics(
     question: Question, wanted: Sequence[QueryScore], against: Sequence[QueryScore]
 ) -> dict[str, float | None]:
-    """Teacher-forced values of one question; the keys are ``accuracy``, ``kl``, ``efficacy``, ... as they apply."""
+    """Teacher-forced values of one question, under the keys that apply: ``accuracy``, ``kl``, ``efficacy``, …"""
     found: dict[str, float | None] = {}
     if not wanted:
         return found
@@ -178,5 +178,5 @@ def text_metrics(text: str, question: Question) -> dict[str, float | None]:
 
 
 def first_sentence(text: str) -> str:
-    """The text up to its first line or sentence end (leading white space aside)."""
+    """The first line or sentence of a text, whichever ends first."""
     return _SENTENCE.split(text.strip(), maxsplit=1)[0]

@@ -1,8 +1,7 @@
-"""Result files that survive a kill: one JSON object a line, in an order that is known beforehand.
+"""Result files that survive a kill: JSON Lines in an order that is known beforehand.
 
-A run that is cut may leave half a line, or the first lines of a group that belongs together. :class:`RecordFile` finds the
-last whole line when it is opened, cuts off what is behind it, and gives back how many lines stand. Whoever resumes cuts
-further to the beginning of a group by :meth:`RecordFile.truncate`. Nothing that differs between two runs (times,
+A killed run may leave half a line, or a part of a group of lines. :class:`RecordFile` removes half a line when it opens the
+file; :meth:`RecordFile.truncate` removes the lines of an incomplete group. Nothing that differs between two runs (times,
 hosts) may be written here.
 """
 
@@ -19,15 +18,15 @@ from ..errors import DataError
 
 
 class RecordFile:
-    """A JSON Lines file that is only ever appended to, group by group.
+    """A JSON Lines file to which groups of lines are appended.
 
     Args:
-        path: of the file; its folder is made.
-        identify: gives what names a line (its place in the run's order); lines that do not follow ``expected`` are an error.
-        expected: the names of all lines, in order.
+        path: the file; its folder is created.
+        expected: identities of all lines of the run, in order.
+        identify: gives the identity of a line's record.
 
     Raises:
-        DataError: a whole line that is not the one expected there: the file is of another run.
+        DataError: a line is not the expected one, so the file belongs to another run.
     """
 
     def __init__(self, path: str | Path, expected: Sequence[Any], identify: Any) -> None:
@@ -39,7 +38,7 @@ class RecordFile:
             try:
                 record = json.loads(line)
             except ValueError:
-                break  # torn by a crash of the file system; everything from here on is done again
+                break  # damaged by a crash of the file system; the run repeats everything from here on
             name = identify(record)
             if number >= len(expected) or name != expected[number]:
                 wanted = expected[number] if number < len(expected) else "the end"
@@ -60,7 +59,7 @@ class RecordFile:
         self._file.seek(0, os.SEEK_END)
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Write a group; it is on the disk when this returns."""
+        """Write a group and wait until it is on disk."""
         for record in records:
             line = dump_line(record)
             self._file.write(line)
@@ -79,7 +78,7 @@ class RecordFile:
 
 
 def dump_line(record: Mapping[str, Any]) -> bytes:
-    """One line: sorted keys, numbers with eight significant digits."""
+    """A record as one line of JSON with sorted keys and eight significant digits."""
     return (json.dumps(_rounded(record), sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode(
         "utf-8", "surrogatepass"
     )
@@ -96,10 +95,10 @@ def _rounded(value: Any) -> Any:
 
 
 def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a JSON Lines file; half a line at the end is passed over.
+    """The records of a JSON Lines file, without half a line at the end.
 
     Raises:
-        DataError: a line that is no JSON object.
+        DataError: a line is not a JSON object.
     """
     for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
         try:
@@ -112,7 +111,7 @@ def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
-    """Write a JSON file at once or not at all."""
+    """Write a JSON file completely or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")

@@ -1,6 +1,6 @@
-"""Tables and a plot from the summaries of a benchmark: one table a metric family, never a number of two families in one.
+"""The report of a benchmark: one table for each family of metrics, and a plot.
 
-Reads every ``summary.json`` below a folder and writes ``report.md``, ``report.csv`` and ``report.png`` beside them.
+Reads every ``summary.json`` below a folder and writes ``report.md``, ``report.csv`` and ``report.png`` into it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ Summary = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Family:
-    """A table: metrics that are read together, and what to know when reading them.
+    """A table of related metrics.
 
     Args:
+        title: its heading.
+        about: what the metrics mean.
+        columns: metric -> column heading.
         percent: show shares as percent.
     """
 
@@ -36,7 +39,7 @@ class Family:
 FAMILIES = (
     Family(
         "Token accuracy, teacher-forced",
-        "Share of target tokens that are the argmax, white-space lead tokens left out; *exact*: all of them.",
+        "Share of target tokens that are the argmax, without leading white-space tokens; *exact*: all of them.",
         {
             "reliability": "reliability", "generality": "generality", "portability": "portability",
             "reliability_exact": "reliability, exact", "generality_exact": "generality, exact",
@@ -45,9 +48,8 @@ FAMILIES = (
     ),
     Family(
         "Locality",
-        "Share of argmax tokens that did not move, along the data set's answer. *Locality* is near the edit (the same "
-        "subject, a neighbour, another topic: the data set's own probes), *unrelated* far from it (Natural Questions). "
-        "KL: of the edited from the unedited distribution, nats a position.",
+        "Share of argmax tokens that did not change, along the data set's answer. *Locality* is near the edit (the data set's "
+        "own probes: the same subject, a neighbour, another topic), *unrelated* far from it (Natural Questions).",
         {"locality": "locality", "unrelated": "unrelated"},
     ),
     Family(
@@ -58,8 +60,8 @@ FAMILIES = (
     ),
     Family(
         "Free generation",
-        "Greedy text after the prompt, cut at end of sequence, against any alias (normalised). *Sentence*: cut at the first "
-        "sentence end as well. *Begins*: the text begins with the answer.",
+        "Greedy text after the prompt up to the end of sequence, compared with every alias (normalised). *Sentence*: only its "
+        "first sentence. *Begins*: the text begins with the answer.",
         {
             "generation_em": "exact match", "generation_em_sentence": "exact match, sentence",
             "generation_prefix": "begins", "generation_f1": "F1",
@@ -69,7 +71,8 @@ FAMILIES = (
     ),
     Family(
         "Probability success (ROME)",
-        "Share of prompts on which the wanted answer is likelier than the other (mean log-probability a token), and by how much.",
+        "Share of prompts on which the wanted answer is likelier than the other (mean log-probability per token), and by how "
+        "much.",
         {
             "efficacy": "efficacy", "paraphrase": "paraphrase", "neighbourhood": "neighbourhood",
             "efficacy_magnitude": "efficacy, magnitude", "paraphrase_magnitude": "paraphrase, magnitude",
@@ -78,19 +81,19 @@ FAMILIES = (
     ),
     Family(
         "Sentiment and multi-hop",
-        "SERAC's ConvSent score on the reworded question; MQuAKE's accuracy of a case (any of its questions).",
+        "SERAC's ConvSent score on the reworded question; MQuAKE's accuracy: cases with any of their questions right.",
         {"convsent": "ConvSent", "multi_hop": "multi-hop"},
     ),
     Family(
         "Text quality",
-        "Fluency: n-gram entropy (bits) of a sampled continuation; higher is more varied, compare within a task only. Perplexity "
-        "of the target after the edit's prompt, geometric mean over records.",
+        "Fluency: n-gram entropy (bits) of a sampled continuation; higher is more varied; comparable within a task only. "
+        "Perplexity of the target after the edit's prompt, geometric mean over records.",
         {"fluency": "fluency", "perplexity": "perplexity"},
         percent=False,
     ),
     Family(
         "Counted as EasyEdit counts",
-        "The same token accuracies with white-space lead tokens counted in.",
+        "The same token accuracies including leading white-space tokens.",
         {
             "reliability_easyedit": "reliability", "generality_easyedit": "generality",
             "portability_easyedit": "portability", "locality_easyedit": "locality", "unrelated_easyedit": "unrelated",
@@ -99,7 +102,7 @@ FAMILIES = (
 )  # fmt: skip
 
 _COSTS = {
-    "seconds_per_edit": "s an edit", "seconds_per_edit_median": "median", "steps": "steps",
+    "seconds_per_edit": "s per edit", "seconds_per_edit_median": "median", "steps": "steps",
     "score_seconds_per_record": "s scoring", "generate_seconds_per_record": "s generating",
     "trained_parameters": "trained parameters", "adapter_bytes": "adapter bytes", "peak_memory_mib": "peak MiB",
 }  # fmt: skip
@@ -122,7 +125,7 @@ def read_summaries(folder: str | Path) -> list[dict[str, Any]]:
     """All summaries below a folder, ordered by task, protocol, model and method.
 
     Raises:
-        DataError: none is there, or one cannot be read.
+        DataError: there is none, or one cannot be read.
     """
     found = []
     for path in sorted(Path(folder).rglob("summary.json")):
@@ -131,7 +134,7 @@ def read_summaries(folder: str | Path) -> list[dict[str, Any]]:
             _ = data["method"], data["task"], data["protocol"], data["metrics"], data["costs"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{path} is no summary of an evaluation: {error!r}; delete it or run that cell again"
+                f"{path} is not the summary of an evaluation: {error!r}; delete it or run that cell again"
             ) from None
         found.append(data)
     if not found:
@@ -143,9 +146,9 @@ def write_report(folder: str | Path, *, command: str = "", note: str = "") -> di
     """Write ``report.md``, ``report.csv`` and ``report.png`` into ``folder``.
 
     Args:
-        folder: holds the summaries.
-        command: how the results were made, for the head of the report.
-        note: a paragraph of one's own below it.
+        folder: folder of the summaries.
+        command: the command that made the results, shown at the top.
+        note: a paragraph to show below it.
     """
     folder = Path(folder)
     summaries, abilities = read_summaries(folder), ability_lines(read_abilities(folder))
@@ -163,7 +166,7 @@ def write_report(folder: str | Path, *, command: str = "", note: str = "") -> di
 def markdown(
     summaries: Sequence[Summary], *, command: str = "", note: str = "", plot: str = "", more: Sequence[str] = ()
 ) -> str:
-    """The report as Markdown; ``more`` are lines of a section of their own, before the costs."""
+    """The report as Markdown; ``more`` are the lines of a further section before the costs."""
     lines = ["# Benchmark report", ""]
     if command:
         lines += ["Made with", "", "```", *command.strip().splitlines(), "```", ""]
@@ -173,8 +176,8 @@ def markdown(
     if plot:
         lines += [f"![generality against locality]({plot})", ""]
     lines += [
-        "Every value is the mean over records of the record's own mean, with its 95 % bootstrap interval over records, and the "
-        "number of records that have the metric where it is not all of them. `–`: the data set has no such probes.",
+        "Every value is the mean over records of each record's mean, with its 95 % bootstrap interval over records, and `n` if "
+        "not all records have the metric. `–`: the data set has no such probes.",
         "",
     ]
     for family in FAMILIES:
@@ -187,12 +190,12 @@ def markdown(
     lines += _groups(summaries)
     lines += _by_checkpoint(summaries)
     lines += more
-    lines += ["## Cost", "", "Training and evaluation apart; the machine is named above. Means over records.", ""]
+    lines += ["## Cost", "", "Means over records, on the machine above.", ""]
     costs = [c for c in _COSTS if any(s["costs"].get(c) is not None for s in summaries)]
     lines += _table([_COSTS[c] for c in costs], summaries, lambda s: [_amount(s["costs"].get(c)) for c in costs])
     failed = [s for s in summaries if s.get("failed")]
     if failed:
-        lines += ["## Failed edits", "", "They are scored as they are: unedited.", ""]
+        lines += ["## Failed edits", "", "They are scored on the model without the edit.", ""]
         lines += _table(["failed", "of"], failed, lambda s: [f"{s['failed']} ({_errors(s)})", str(s["n"])])
     return "\n".join(lines).rstrip() + "\n"
 
@@ -216,7 +219,7 @@ def _made_of(summaries: Sequence[Summary]) -> list[str]:
         if m:
             gpu = f", {m['gpu']}" if m.get("gpu") else ""
             lines += [
-                f"Machine: {m.get('processor')}, {m.get('cores')} cores, {m.get('threads')} thread(s) a run{gpu}.",
+                f"Machine: {m.get('processor')}, {m.get('cores')} cores, {m.get('threads')} thread(s) per run{gpu}.",
                 "",
             ]
     versions = {json.dumps(s.get("run", {}).get("versions", {}), sort_keys=True) for s in summaries}
@@ -277,7 +280,7 @@ def _by_checkpoint(summaries: Sequence[Summary]) -> list[str]:
         for c in ("reliability", "generality", "locality", "unrelated", "portability")
         if any(c in t for _, _, t in rows)
     ]
-    lines = ["## Along a sequence of edits", "", "All `T` records asked after `T` edits.", ""]
+    lines = ["## Along a sequence of edits", "", "All `T` records scored after `T` edits.", ""]
     lines += ["| task | method | T | " + " | ".join(names) + " |", "|---|---|---:|" + "---:|" * len(names)]
     for s, t, table in rows:
         values = [_cell(table.get(name), int(t), percent=True) for name in names]
@@ -300,7 +303,7 @@ def _errors(summary: Summary) -> str:
 
 
 def table_csv(summaries: Sequence[Summary]) -> str:
-    """One line a metric: ``task, method, protocol, model, seed, T, metric, mean, ci_low, ci_high, n``, costs among them."""
+    """One line for each metric or cost: ``task, method, protocol, model, seed, T, metric, mean, ci_low, ci_high, n``."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["task", "method", "protocol", "model", "seed", "T", "metric", "mean", "ci_low", "ci_high", "n"])
@@ -325,10 +328,9 @@ def _short(value: float | None) -> str:
 
 
 def draw_plane(summaries: Sequence[Summary], path: str | Path) -> None:
-    """Generality against locality, one point a method: a column a task, near locality above, unrelated text below.
+    """Generality against locality, one point per method: a column for each task, near locality above, unrelated text below.
 
-    Where a data set has no rephrases the vertical axis is what comes nearest and says so: the subject's other
-    names, else reliability.
+    Without rephrases in the data, the vertical axis is accuracy on the subject's other names, else reliability.
     """
     import matplotlib
 

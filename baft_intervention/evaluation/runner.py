@@ -1,8 +1,8 @@
 """Run an editing method on a benchmark's records and write the results into a folder.
 
-The folder gets records.jsonl (one line a record, the same bytes at each run), timings.jsonl, run.json (what was run) and
-summary.json. A run that was interrupted resumes when it is called again with the same arguments. Several processes share
-the records and write the same files.
+The folder gets records.jsonl (one line per record, the same bytes in each run), timings.jsonl, run.json (what was run) and
+summary.json. A second call with the same arguments resumes an interrupted run. Several processes share the records and
+write the same files.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .summary import machine_facts, make_summary, peak_memory_mib
 
 logger = logging.getLogger(__name__)
 
-METHOD_FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "methods"  # of a checkout; absent in a wheel
+METHOD_FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "methods"  # only in a checkout, not in a wheel
 _LOCK = "lock"
 _FILES = ("records.jsonl", "timings.jsonl", "run.json", "summary.json")
 
@@ -58,31 +58,30 @@ def evaluate(
     fresh: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Score a method on a benchmark and give the summary, which is also in ``out/summary.json``.
+    """Score a method on a benchmark; return the summary, which is also in ``out/summary.json``.
 
     Args:
         data: a benchmark file, or a hub id.
         method: a method's name, or a YAML file with its settings.
         out: folder of the results.
         model: a built-in model, a folder or a hub id.
-        task: benchmark or format; recognised by the data if left out.
+        task: benchmark or format; by default recognised by the data.
         settings: changes to the method's settings.
-        protocol: protocol, checkpoints, generated text, and the seed of the method, of the data's choices and of sampled texts.
+        protocol: the protocol, and the seed of the method, of the data's choices and of sampled texts.
         limit: only the first records.
-        skip_bad: leave malformed records out and count them.
-        options: of the data's format.
+        skip_bad: skip malformed records and count them.
+        options: options of the data's format.
         unrelated: a file of unrelated questions, a further probe group.
-        unrelated_per_record: how many of them each record is asked.
-        replies: ConvSent: replies that are scored on each side; 0 for all.
-        device: see :func:`~baft_intervention.load_model`.
-        dtype: see :func:`~baft_intervention.load_model`.
-        cache: folder of the unedited model's outputs; ``"none"`` keeps none, None takes the user's cache.
-        fresh: delete what ``out`` holds of an earlier run.
+        unrelated_per_record: number of these questions for each record.
+        replies: ConvSent: number of replies to score on each side; 0 for all.
+        device, dtype: see :func:`~baft_intervention.load_model`.
+        cache: folder of the unedited model's outputs; ``"none"`` keeps none, None means the user's cache.
+        fresh: delete the files of an earlier run in ``out``.
         progress: show a progress bar.
 
     Raises:
-        ConfigError: bad settings, or ``out`` holds another run.
-        DataError: bad data.
+        ConfigError: the settings are invalid, or ``out`` holds another run.
+        DataError: the data is invalid.
         StoreError: another process writes to ``out``.
         EditError: a file cannot be written.
     """
@@ -95,7 +94,7 @@ def evaluate(
         data, task, limit=limit, seed=protocol.seed or None, skip_bad=skip_bad,
         unrelated=unrelated, unrelated_per_record=unrelated_per_record, **(options or {}),
     )  # fmt: skip
-    # a format that was asked for by name is told apart from the task's other formats
+    # a format given by name is recorded as such, not as its task
     task = loaded.format if task and canonical_task(task) == loaded.format else loaded.task
     run: dict[str, Any] = {
         "label": label, "method": chosen.name, "settings": chosen.settings(), "task": task, "format": loaded.format,
@@ -121,7 +120,7 @@ def evaluate(
         if len(set(fingerprints)) > 1:
             other = next(k for k, found in enumerate(fingerprints) if found != fingerprints[0])
             raise ConfigError(
-                f"{model!r} is another model on rank {other} than on rank 0; give all processes the same one"
+                f"{model!r} is a different model on rank {other} than on rank 0; give all processes the same one"
             )
         distributed.from_main(lambda: _begin(folder / "run.json", run))
         store = BaselineCache(None if cache == "none" else Path(cache) if cache else default_cache_folder())
@@ -148,10 +147,7 @@ def _finish(folder: Path, run: Mapping[str, Any], peak: float) -> dict[str, Any]
 
 @contextlib.contextmanager
 def _only_writer(folder: Path, *, fresh: bool) -> Iterator[None]:
-    """Keep a second run out of the folder: two would write the same records twice. The lock ends with the process.
-
-    With ``fresh``, an earlier run's files are deleted once the lock is held.
-    """
+    """Lock the folder against a second run; with ``fresh``, then delete the files of an earlier one."""
     with contextlib.ExitStack() as held:
 
         def lock() -> None:
@@ -177,7 +173,7 @@ def _check_folder(folder: Path, *, fresh: bool) -> None:
 
 
 def _finished(folder: Path, run: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The summary that is there already, if it is of this run."""
+    """The summary of this run if it is already finished."""
     path = folder / "summary.json"
     if not path.is_file():
         return None
@@ -191,8 +187,8 @@ def _compare(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> N
     for name, value in now.items():
         if before.get(name) != value:
             raise ConfigError(
-                f"{path} is of another run: {name} was {_brief(before.get(name))} and is {_brief(value)} now; give another "
-                "--out, or --fresh to throw it away"
+                f"{path} belongs to another run: {name} was {_brief(before.get(name))} and is {_brief(value)} now; give "
+                "another --out, or --fresh to delete it"
             )
 
 
@@ -221,7 +217,7 @@ def _fields(method: Any) -> dict[str, Any]:
 
 
 def _named(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with paths cut to file names: results are to be the same wherever the data lies."""
+    """Options with paths cut to file names, so that results do not depend on the folder of the data."""
     named = dict(options)
     if isinstance(named.get("unrelated"), str):
         named["unrelated"] = Path(named["unrelated"]).name

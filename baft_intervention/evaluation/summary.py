@@ -1,8 +1,8 @@
-"""From a run's files to its summary: every metric with its ``n`` and interval, costs, and all that made the numbers.
+"""The summary of a run: every metric with its ``n`` and interval, costs, and everything that the numbers depend on.
 
-``summary.json`` has the short keys that tables are made of (``method, task, protocol, n, reliability, generality,
-locality, unrelated, portability, generation_em, fluency, seconds_per_edit, trained_parameters, peak_memory_mib``), the whole
-table under ``metrics``, and under ``run`` what must be the same to get the same numbers.
+``summary.json`` has short keys for tables (``method, task, protocol, n, reliability, generality, locality, unrelated,
+portability, generation_em, fluency, seconds_per_edit, trained_parameters, peak_memory_mib``), all metrics under
+``metrics``, and under ``run`` what must be equal to get the same numbers.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ def make_summary(
     """The summary of a finished run.
 
     Args:
-        run: what ``run.json`` says.
-        folder: holds ``records.jsonl`` and ``timings.jsonl``.
-        machine: where it ran; this machine where left out.
+        run: contents of ``run.json``.
+        folder: folder of ``records.jsonl`` and ``timings.jsonl``.
+        machine: facts about the machine of the run; by default this one.
 
     Raises:
-        DataError: a record line that cannot be read, or no record at all.
+        DataError: a record cannot be read, or there is none.
     """
     folder = Path(folder)
     records = list(read_lines(folder / "records.jsonl"))
     if not records:
-        raise DataError(f"{folder / 'records.jsonl'} holds no record; run the evaluation again")
+        raise DataError(f"{folder / 'records.jsonl'} holds no records; run the evaluation again")
     checkpoints = sorted({r["checkpoint"] for r in records if r["checkpoint"] is not None})
     last = [r for r in records if not checkpoints or r["checkpoint"] == checkpoints[-1]]
     metrics = aggregate([r["metrics"] for r in last], seed=run["seed"])
@@ -60,10 +60,10 @@ def make_summary(
 
 
 def costs_of(folder: Path, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Seconds an edit, training and evaluation apart, and what the edits hold.
+    """Seconds per edit for training and for evaluation, and the size of the edits.
 
-    Edits that were applied a second time when a run went on are not counted. The unedited model's answers
-    (``prior_seconds_per_record``) are nought where they were on the disk already.
+    Edits that a resumed run applied again do not count. The unedited model's outputs (``prior_seconds_per_record``) cost
+    nothing if they were on disk.
     """
     times = list(read_lines(folder / "timings.jsonl")) if (folder / "timings.jsonl").is_file() else []
     edits = [t for t in times if "edit_seconds" in t and not t["again"]]
@@ -90,7 +90,7 @@ def costs_of(folder: Path, records: Sequence[Mapping[str, Any]]) -> dict[str, An
 
 
 def _errors(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """How often each kind of failure occurred."""
+    """Number of failures of each kind."""
     found: dict[str, int] = {}
     for record in records:
         if record["error"]:
@@ -100,7 +100,7 @@ def _errors(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def peak_memory_mib() -> float:
-    """Highest memory of this process so far, on the GPU where one was used."""
+    """Peak memory of this process so far; that of the GPU if one was used."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**20
     try:
@@ -114,7 +114,7 @@ def peak_memory_mib() -> float:
 
 
 def machine_facts() -> dict[str, Any]:
-    """What the timings depend on; no host name, no user."""
+    """Facts about the machine that timings depend on, without host or user names."""
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     return {
         "system": f"{platform.system()} {platform.machine()}",

@@ -124,7 +124,7 @@ def test_version(baft):
         (["edit"], "required: --edits"),
         (
             ["edit", "--edits", "e.json", "--layers", "two"],
-            "'two' must be block numbers with commas between, e.g. 20,25",
+            "'two' must be block numbers separated by commas, e.g. 20,25",
         ),
         (["generate", "--max-new-tokens", "0"], "'0' must be a whole number of at least 1"),
         (["generate", "--temperature", "-1"], "must be a number above 0"),
@@ -282,7 +282,7 @@ def test_merge_tells_conflicts_and_keeps_whose_it_is_told(baft, adapter, osaka, 
     assert {p.name: p.read_bytes() for p in adapter.iterdir()} == before
     run = baft("merge", "--adapter", adapter, osaka, "--on-conflict", "theirs")
     assert run.code == 0
-    assert "2 edits added, 1 held already, 1 conflicts; 3 in" in run.out
+    assert "2 edits added, 1 already there, 1 conflicts; 3 in" in run.out
     assert "already holds an adapter" in baft("merge", "--adapter", adapter, osaka, "--out", "ours").err
 
 
@@ -542,7 +542,7 @@ def test_an_edit_that_misses_its_target_is_code_1_and_says_so(edit, home):
     run = edit("--edits", home / "edits.json", "--out", "a", "--steps", 1, "--learning-rate", "1e-6")
     assert run.code == 1
     assert "missed" in run.out
-    assert "2 do not give the whole target yet; raise --steps or --rank" in run.out
+    assert "2 edits do not give the whole target yet; raise --steps or --rank" in run.out
 
 
 def test_an_interrupt_saves_the_finished_edits_and_is_code_130(baft, edit, home, place, monkeypatch):
@@ -575,7 +575,7 @@ def test_what_nobody_foresaw_is_one_line_and_code_1(baft, adapter, monkeypatch):
     monkeypatch.setattr(BaftEditor, "generate", fail)
     run = baft("generate", "--adapter", adapter, "--prompt", "x")
     assert run.code == 1
-    assert "unexpected RuntimeError: CUDA out of memory (run it again with --debug to see where)" in run.err
+    assert "unexpected RuntimeError: CUDA out of memory (run again with --debug for the traceback)" in run.err
     assert "Traceback" not in run.err
 
 

@@ -168,7 +168,7 @@ def test_results_of_other_settings_are_not_mixed(place, tmp_path, capsys):
     out = tmp_path / "out"
     assert command(words(place, out, "--limit", "1", method="base")) == 0
     assert command(words(place, out, "--limit", "2", method="base")) == 2
-    assert "is of another run: options was" in capsys.readouterr().err
+    assert "belongs to another run: options was" in capsys.readouterr().err
     (out / "summary.json").unlink()
     assert command(words(place, out, "--limit", "2", method="base")) == 2
     assert "give another --out, or --fresh" in capsys.readouterr().err

@@ -104,5 +104,5 @@ def test_reply_groups_score_several_answers():
 
 
 def test_too_long_for_the_model_is_an_error_that_says_so():
-    with pytest.raises(RequestError, match="the model reads 5 at most"):
+    with pytest.raises(RequestError, match="the model reads at most 5"):
         make_record_queries(EditRequest("The capital of Japan is", "Osaka"), tiny_tokenizer(), context=5)

@@ -104,10 +104,10 @@ def test_a_metric_cannot_take_the_name_of_another(monkeypatch):
     from baft_intervention.requests import EditRequest
 
     monkeypatch.setattr(module, "_REGISTRY", {})
-    module.register_metric("fluency")(lambda plan, scores, texts: 1.0)
+    module.register_metric("fluency")(lambda record, scores, texts: 1.0)
     with pytest.raises(ConfigError, match="'fluency' is taken by"):
         module.register_metric("fluency")(test_a_metric_cannot_take_the_name_of_another)
-    with pytest.raises(ConfigError, match="'fluency' has the name of one of the library's own"):
+    with pytest.raises(ConfigError, match="'fluency' has the name of a metric of the library"):
         module.record_metrics(RecordQueries(EditRequest("a", "b")), [], sample="one two three four")
 
 

@@ -1,4 +1,4 @@
-"""LoRA and AdaLoRA, by peft."""
+"""LoRA and AdaLoRA, with peft."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Lora(Method):
     """LoRA (peft) on chosen projections of the upper blocks.
 
     Args:
-        rank, alpha: of the update ``(alpha / rank) B A``.
-        target_modules: names of the projections; where empty, those of queries and values (the LoRA paper's choice), or
+        rank, alpha: the update is ``(alpha / rank) B A``.
+        target_modules: names of the projections; by default those of queries and values (the LoRA paper's choice), or
             the one matrix that holds them.
-        first_layer: lowest block that has an adapter; a fraction is one of the depth.
+        first_layer: lowest block that has an adapter; a fraction counts as a share of the depth.
         learning_rate, steps, loss_target, append_eos: see :class:`~baft_intervention.evaluation.fit.Fitting`.
     """
 
@@ -55,10 +55,10 @@ class Lora(Method):
 @register_method("adalora")
 @dataclass(frozen=True)
 class AdaLora(Lora):
-    """AdaLoRA (peft): updates in SVD form, whose ranks are cut during training.
+    """AdaLoRA (peft): updates in SVD form, whose ranks are reduced during training.
 
     Args:
-        initial_rank: of every update at the start; ``rank`` is the mean rank at the end.
+        initial_rank: rank of every update at the start; ``rank`` is the mean rank at the end.
         orthogonality: weight of the penalty on ``P^T P - I`` and ``Q Q^T - I``.
     """
 
@@ -84,7 +84,7 @@ def target_modules(block: torch.nn.Module, wanted: Sequence[str]) -> list[str]:
     """Names of the adapted projections in a block.
 
     Raises:
-        ConfigError: the block has none of that name.
+        ConfigError: the block has no projection of that name.
     """
     names = [n for n, m in block.named_modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 2]
     last = {n.rsplit(".", 1)[-1] for n in names}
@@ -112,14 +112,14 @@ class _PeftModel(EditedModel):
             raise ConfigError(f"method {method.name!r} needs peft ({error}); pip install 'peft>=0.13'") from error
 
     def _inject(self) -> None:
-        """Put fresh adapters into the model; with their zero output factor they change nothing yet."""
+        """Put new adapters into the model; their output factor is 0, so they change nothing yet."""
         from peft import get_peft_model
 
         layers = list(range(self.first_changed_block, len(find_blocks(self.model))))
         devices = [p.device for p in self.model.parameters() if p.device.type == "cuda"][:1]
         try:
             with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Conv1D's fan_in_fan_out is set by peft and said aloud
+                warnings.simplefilter("ignore")  # peft sets Conv1D's fan_in_fan_out and warns
                 torch.manual_seed(self.method.seed)
                 self.peft = get_peft_model(self.model, self.method.peft_config(layers, self.targets))
         except ValueError as error:
@@ -174,7 +174,7 @@ class _PeftModel(EditedModel):
 
 
 def _orthogonality(parameters: Sequence[torch.nn.Parameter], weight: float) -> torch.Tensor:
-    """``weight * mean ||P P^T - I||_F`` over the outer factors (peft adds it to the loss of its own forward)."""
+    """``weight * mean ||P P^T - I||_F`` over the outer factors, which peft adds to the loss in its own forward."""
     terms = []
     for p in parameters:
         rows, columns = p.shape

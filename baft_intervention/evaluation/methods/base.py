@@ -1,7 +1,7 @@
-"""What a method is, and the registry.
+"""The base class of editing methods, and their registry.
 
 A method is a frozen dataclass whose fields are its settings and whose :meth:`Method.attach` gives an
-:class:`~baft_intervention.evaluation.edited.EditedModel`. Adding one is one small class and one YAML::
+:class:`~baft_intervention.evaluation.edited.EditedModel`. To add one, write a class and a YAML file::
 
     @register_method("mine")
     @dataclass(frozen=True)
@@ -38,10 +38,10 @@ _M = TypeVar("_M", bound="type[Method]")
 
 @dataclass(frozen=True)
 class Method:
-    """Base class; its fields are settings that every method has.
+    """Base class; its fields are the settings that every method has.
 
     Args:
-        seed: of whatever is drawn at random.
+        seed: seed of everything that the method draws.
     """
 
     name: ClassVar[str] = ""
@@ -59,7 +59,7 @@ class Method:
         """A model with the requests applied as one batch; call ``restore()`` on it afterwards.
 
         Raises:
-            EditError: the edit failed; the model is as it was.
+            EditError: the edit failed; the model is unchanged.
         """
         edited = self.attach(model, tokenizer)
         try:
@@ -70,7 +70,7 @@ class Method:
         return edited
 
     def settings(self) -> dict[str, Any]:
-        """The fields as plain values, for results."""
+        """The fields as plain JSON values, for results."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
     @classmethod
@@ -78,7 +78,7 @@ class Method:
         """Make the method from plain values.
 
         Raises:
-            ConfigError: an unknown setting, or one of a wrong type.
+            ConfigError: a setting is unknown or has the wrong type.
         """
         fields = {f.name: f for f in dataclasses.fields(cls)}
         for name in settings:
@@ -127,10 +127,10 @@ def method_names() -> tuple[str, ...]:
 
 
 def make_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
-    """A registered method with these settings; its defaults for the rest.
+    """A registered method with these settings, and defaults for the rest.
 
     Raises:
-        ConfigError: unknown method or setting.
+        ConfigError: the method or a setting is unknown.
     """
     if name not in _METHODS:
         near = difflib.get_close_matches(name, method_names(), n=1)
@@ -142,10 +142,10 @@ def make_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
 def load_method(source: str, folder: Path | None = None) -> tuple[str, Method]:
     """``(label, method)`` from a YAML file, from a name that has one in ``folder``, or from a registered name.
 
-    The label is the file's stem: two files may hold one method with different settings.
+    The label is the file's stem, so that two files may hold one method with different settings.
 
     Raises:
-        ConfigError: the file cannot be read, or what it says is unknown.
+        ConfigError: the file cannot be read, or has an unknown method, field or setting.
     """
     import yaml
 
@@ -169,10 +169,10 @@ def load_method(source: str, folder: Path | None = None) -> tuple[str, Method]:
 
 
 def resolve_layer(model: Any, layer: int | float) -> int:
-    """A 0-based block number: whole numbers as they are (negative ones from the end), fractions of the depth rounded.
+    """A block number counted from 0: a whole number (negative from the end), or a fraction of the depth, rounded.
 
     Raises:
-        ConfigError: a block that the model has not.
+        ConfigError: the model does not have this block.
     """
     depth = len(find_blocks(model))
     if isinstance(layer, float) and not layer.is_integer():
@@ -187,8 +187,7 @@ def resolve_layer(model: Any, layer: int | float) -> int:
 
 
 def as_edit_error(error: BaseException, requests: Sequence[EditRequest]) -> EditError:
-    """An edit's own trouble (not a bug's) as :class:`EditError` that says which request."""
-    where = requests[0].where if requests else ""
+    """An edit's failure as :class:`EditError` that names the request; other errors (bugs) are raised unchanged."""
     if isinstance(error, (BaftError, FloatingPointError)):
-        return EditError(f"{where}: {error}")
+        return EditError(f"{requests[0].where if requests else ''}: {error}")
     raise error

@@ -17,7 +17,7 @@ from .base import Method, register_method
 @register_method("base")
 @dataclass(frozen=True)
 class Base(Method):
-    """No edit: what the model says by itself."""
+    """No edit: the unedited model."""
 
     def attach(self, model: Any, tokenizer: Any) -> EditedModel:
         edited = EditedModel(model, tokenizer)
@@ -28,14 +28,14 @@ class Base(Method):
 @register_method("icl")
 @dataclass(frozen=True)
 class InContext(Method):
-    """The fact in the prompt: nothing is trained, every question is put behind the new facts.
+    """In-context editing: nothing is trained; every prompt begins with the new facts.
 
-    EasyEdit's form without demonstrations (``New Fact: {prompt} {target}\\nPrompt: {question}``). Facts accumulate; the
-    latest are kept where they do not all fit.
+    EasyEdit's form without demonstrations (``New Fact: {prompt} {target}\\nPrompt: {question}``). Facts accumulate; if not
+    all fit, the latest are kept.
 
     Args:
-        template: of one fact, with ``{prompt}`` and ``{target}``.
-        lead: what stands before the question.
+        template: text of one fact, with ``{fact}``.
+        lead: text before the question.
         context_share: share of the model's context that facts may fill.
     """
 
@@ -45,7 +45,7 @@ class InContext(Method):
 
     def attach(self, model: Any, tokenizer: Any) -> EditedModel:
         if "{fact}" not in self.template:
-            raise ConfigError(f"template of method 'icl' is {self.template!r}; it must hold {{fact}}")
+            raise ConfigError(f"template of method 'icl' is {self.template!r}; it must contain {{fact}}")
         return _InContextModel(self, model, tokenizer)
 
 
@@ -58,7 +58,7 @@ class _InContextModel(EditedModel):
 
     def apply(self, requests: Sequence[EditRequest]) -> EditCost:
         for request in requests:
-            self.facts.pop(request.prompt, None)  # the newest answer of a prompt holds, and stands last
+            self.facts.pop(request.prompt, None)  # a prompt's newest answer replaces an older one, and comes last
             self.facts[request.prompt] = joint_text(request.prompt, request.target_new)
         config = self.model.config
         context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048

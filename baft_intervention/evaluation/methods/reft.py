@@ -1,12 +1,12 @@
 """LoReFT and DiReFT: pyreft's own intervention modules, in a plain forward hook.
 
-The modules are pyreft's classes, unchanged; what is left out is pyvene's model around them, which removes every forward
-hook at each call, runs the whole model at each step, and edits wrong rows where prompts differ in length. A test shows
-that module and hook give what pyreft's ``ReftModel`` gives.
+The modules are pyreft's classes, unchanged, but without pyvene's model around them: it removes every forward hook at each
+call, runs the whole model at each step, and edits wrong rows if prompts differ in length. A test shows that module and hook
+give the same as pyreft's ``ReftModel``.
 
-Settings follow pyreft's own examples for one layer: fp32, no dropout (pyreft's falls on the whole residual stream and
-stays on after ``eval()``), no weight decay (one step of it turns R into 0 under torch's orthogonal parametrisation), last
-prompt token, rank 12 as in the paper's Figure 1.
+Settings follow pyreft's own examples for one layer: fp32, no dropout (pyreft applies it to the whole residual stream, even
+after ``eval()``), no weight decay (one step turns R into 0 under torch's orthogonal parametrisation), last prompt token,
+rank 12 as in the paper's Figure 1.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Loreft(Method):
     """LoReFT (pyreft's LoreftIntervention): one layer's output at the last prompt token.
 
     Args:
-        layer: block whose output is edited; a fraction is one of the depth.
-        rank: of the edited subspace.
+        layer: block whose output is edited; a fraction counts as a share of the depth.
+        rank: dimension of the edited subspace.
         learning_rate, steps, loss_target, append_eos: see :class:`~baft_intervention.evaluation.fit.Fitting`.
     """
 
@@ -61,7 +61,7 @@ class Direft(Loreft):
 
 
 def make_intervention(name: str, width: int, rank: int, seed: int) -> Any:
-    """One of pyreft's intervention modules, fp32, without dropout, drawn from ``seed``.
+    """One of pyreft's intervention modules in fp32, without dropout, initialised from ``seed``.
 
     Raises:
         ConfigError: pyreft is not installed, or the rank is too large.
@@ -91,7 +91,7 @@ class _ReftModel(EditedModel):
         self._lengths: list[int] | None = None
         self._handle: Any = None
 
-        self._fresh_module()  # a bad rank, or a missing pyreft, is told now and not at the first edit
+        self._fresh_module()  # raises now, not at the first edit, for a bad rank or a missing pyreft
 
     def _fresh_module(self) -> Any:
         s = self.method

@@ -2,13 +2,13 @@
 
 Definitions as in EasyEdit (``easyeditor/models/ft/ft_main.py``, its FT hparams and survey arXiv 2401.01286):
 
-* FT-M (``objective_optimization: target_new``): cross entropy over the target's tokens, teacher-forced, the prompt's
-  tokens masked out of the loss.
-* FT-L (``prompt_last``, ROME's fine-tuning): *all* target tokens are predicted from the last prompt token, the target not
-  being input; for targets of several tokens this is not what a language model writes. ROME's constrained form FT+L keeps
-  every weight within an L-infinity ball of the original, ``norm_constraint``.
+* FT-M (``objective_optimization: target_new``): teacher-forced cross entropy over the target's tokens, without the
+  prompt's tokens.
+* FT-L (``prompt_last``, ROME's fine-tuning): *all* target tokens are predicted from the last prompt token, and the target
+  is not input; for targets of several tokens this differs from what a language model generates. ROME's constrained
+  form FT+L keeps every weight within an L-infinity ball around the original, ``norm_constraint``.
 
-EasyEdit stops at a loss of 1e-2; here the threshold is a setting that all methods share.
+EasyEdit stops at a loss of 1e-2; here all methods share the setting ``loss_target``.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from ..fit import Fitting, fit, training_batches
 from ..forward import LogitReader
 from .base import Method, as_edit_error, register_method, resolve_layer
 
-# names of the matrix that leads out of an MLP, by family
+# names of an MLP's output projection in different model families
 _DOWN = ("mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h", "mlp.fc2", "mlp.fc_out", "feed_forward.w2", "fc2")
 
 
 @dataclass(frozen=True)
 class FineTune(Method):
-    """Common part; the fields are settings.
+    """What FT-M and FT-L share.
 
     Args:
-        layer: block whose down-projection is trained; a fraction is one of the depth.
-        module: the trained module inside the block; found by name where empty.
+        layer: block whose down-projection is trained; a fraction counts as a share of the depth.
+        module: the trained module inside the block; by default found by its usual names.
         learning_rate, steps, loss_target, append_eos: see :class:`~baft_intervention.evaluation.fit.Fitting`.
         norm_constraint: half-width of the L-infinity ball around the original weights; 0 for none.
     """
@@ -73,10 +73,10 @@ class FineTuneLast(FineTune):
 
 
 def down_projection(block: nn.Module, width: int, name: str = "") -> nn.Parameter:
-    """The weight of the module that leads out of a block's MLP.
+    """The weight of a block's MLP output projection.
 
     Raises:
-        ConfigError: no such module; the message lists the candidates.
+        ConfigError: there is no such module; the message lists the candidates.
     """
     modules = dict(block.named_modules())
     for candidate in (name,) if name else _DOWN:
