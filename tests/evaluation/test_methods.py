@@ -389,7 +389,7 @@ def test_a_method_of_ones_own_is_a_class_and_a_yaml(tmp_path, tiny_llama, tokeni
         ("ft-m", {"steps": 2.5}, "must be a int"),
         ("baft", {"config": {"rnk": 1}}, "unknown setting 'rnk'"),
         ("baft", {"config": {"seed": 1}}, "give seed as the method's setting"),
-        ("icl", {"template": "x"}, "must hold {fact}"),
+        ("icl", {"template": "x"}, "must contain {fact}"),
         ("ft-m", {"layer": 9}, "this model has blocks 0 to 3"),
         ("loreft", {"rank": 99}, "from 1 to the hidden size 32"),
         ("lora", {"target_modules": ["nothing"]}, "set target_modules"),
