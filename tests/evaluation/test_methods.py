@@ -49,6 +49,8 @@ def method(request):
 
 each = pytest.mark.parametrize("method", TRY, indirect=True)
 each_trained = pytest.mark.parametrize("method", TRAINED, indirect=True)
+# one of the methods that share a class for the edited model; AdaLoRA has state of its own
+each_kind = pytest.mark.parametrize("method", ["ft-m", "lora", "adalora", "loreft", "baft"], indirect=True)
 REQUEST = EditRequest("The capital of Japan is", "city", subject="Japan")  # one token, so that one position can hold it
 
 
@@ -110,7 +112,7 @@ def test_same_settings_same_edit(method, tokenizer):
     assert answers[0] == answers[1]
 
 
-@each
+@pytest.mark.parametrize("method", ["base", "icl", "ft-m", "lora", "adalora", "loreft", "baft"], indirect=True)
 def test_after_reset_an_edit_is_as_if_it_were_the_first(method, tiny_llama, tokenizer):
     edited = method.attach(tiny_llama, tokenizer)
     edited.apply([REQUEST])
@@ -123,7 +125,7 @@ def test_after_reset_an_edit_is_as_if_it_were_the_first(method, tiny_llama, toke
     edited.restore()
 
 
-@each_trained
+@each_kind
 def test_a_batch_and_a_sequence_of_edits(method, tiny_llama, tokenizer):
     other = EditRequest("He works as", "Leo", subject="He")
     before = model_fingerprint(tiny_llama)
@@ -137,7 +139,7 @@ def test_a_batch_and_a_sequence_of_edits(method, tiny_llama, tokenizer):
         assert model_fingerprint(tiny_llama) == before
 
 
-@each_trained
+@each_kind
 @pytest.mark.parametrize("earlier", [False, True])
 def test_a_failed_edit_leaves_what_was_there(method, tiny_llama, tokenizer, monkeypatch, earlier):
     before = state_of(tiny_llama)
@@ -160,7 +162,7 @@ def test_a_failed_edit_leaves_what_was_there(method, tiny_llama, tokenizer, monk
     assert state_of(tiny_llama) == before
 
 
-@each_trained
+@each_kind
 def test_generation_has_the_edit_at_the_prompt(method, tiny_llama, tokenizer):
     """The first generated token is what teacher forcing says after the prompt, in a batch of unequal prompts."""
     edited = method.edit(tiny_llama, tokenizer, [REQUEST])
@@ -266,6 +268,7 @@ def test_down_projection_that_is_not_there_lists_candidates(tiny_llama):
         down_projection(find_blocks(tiny_llama)[0], 32, "mlp.nothing")
 
 
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "gpt_neox", "phi3"])  # each names its projections in another way
 @pytest.mark.parametrize("name", ["ft-m", "lora"])
 def test_weight_methods_work_on_every_architecture(name, any_model, tokenizer):
     before = model_fingerprint(any_model)
