@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+import difflib
+from collections.abc import Callable, Iterable, MutableMapping
 from typing import Any, TypeVar
 
 from .errors import ConfigError
@@ -30,3 +31,9 @@ def registrar(registry: MutableMapping[str, Any], name: str, what: str) -> Calla
         return item
 
     return register
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error message that suggests the nearest known name; empty if none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

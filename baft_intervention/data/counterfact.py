@@ -98,12 +98,10 @@ def read_counterfact(record: Record, *, include: tuple[Part, ...] = DEFAULT_PART
     )
 
 
-def _is_flat(row: Mapping[str, Any]) -> bool:
-    fields = ("prompt", "target_new", "ground_truth", "rephrase_prompt", "locality_prompt")
-    return all(name in row for name in fields)
+_FLAT_FIELDS = ("prompt", "target_new", "ground_truth", "rephrase_prompt", "locality_prompt")
 
 
-@register_format("counterfact_flat", matches=_is_flat, tasks=("counterfact",))
+@register_format("counterfact_flat", matches=_FLAT_FIELDS, tasks=("counterfact",))
 def read_counterfact_flat(record: Record) -> EditRequest:
     """CounterFact in EasyEdit's flat form (rephrase_prompt, locality_prompt, locality_ground_truth)."""
     new = record.text("target_new")

@@ -67,7 +67,7 @@ class LoadedData:
 
     def probe_counts(self) -> dict[str, int]:
         """Probes by ``kind/group``, sorted."""
-        return dict(sorted(Counter(f"{p.kind}/{p.group}" for r in self.requests for p in r.probes).items()))
+        return probe_counts(self.requests)
 
     def without(self, other: LoadedData | Iterable[str]) -> LoadedData:
         """The data without the cases that share a prompt, a rephrase or a subject with ``other``.
@@ -113,6 +113,11 @@ class LoadedData:
             "requests_sha256": ids,
             "probes": self.probe_counts(),
         }
+
+
+def probe_counts(requests: Iterable[EditRequest]) -> dict[str, int]:
+    """Number of probes by ``kind/group``, sorted."""
+    return dict(sorted(Counter(f"{p.kind}/{p.group}" for r in requests for p in r.probes).items()))
 
 
 def case_indices(requests: Sequence[EditRequest]) -> list[tuple[int, ...]]:

@@ -18,7 +18,6 @@ first record is read, and :func:`load_requests` records the values in force.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..errors import DataError
+from ..registry import did_you_mean
 from ..requests import EditRequest
 from .record import Record, shown
 
@@ -185,7 +185,9 @@ def resolve_options(fmt: Format, given: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in given.items():
         if name not in values:
             known = ", ".join(values) or "none"
-            raise DataError(f"format {fmt.name!r} has no option {name!r}; its options: {known}{_hint(name, values)}")
+            raise DataError(
+                f"format {fmt.name!r} has no option {name!r}; its options: {known}{did_you_mean(name, values)}"
+            )
         values[name] = _checked(fmt, name, value)
     return values
 
@@ -229,7 +231,7 @@ def canonical_task(task: str) -> str:
     name = str(task).strip().lower().replace("-", "_")
     name = TASK_ALIASES.get(name, name)
     if name not in tasks() and name not in _FORMATS:
-        raise DataError(f"unknown task {task!r}; known tasks: {', '.join(tasks())}{_hint(name, tasks())}")
+        raise DataError(f"unknown task {task!r}; known tasks: {', '.join(tasks())}{did_you_mean(name, tasks())}")
     return name
 
 
@@ -301,11 +303,6 @@ def _fields(rows: Sequence[Any], document: Any) -> str:
     return (
         shown(list(first)) if first is not None else f"none, the first record is {shown(rows[0])}" if rows else "none"
     )
-
-
-def _hint(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def record_requests(fmt: Format, record: Record, options: Mapping[str, Any]) -> list[EditRequest]:

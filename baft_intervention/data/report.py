@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from ..errors import DataError
 from .files import SUFFIXES
-from .load import parse_table, read_table
+from .load import parse_table, probe_counts, read_table
 from .splits import Split, split_of
 
 
@@ -111,7 +110,6 @@ def _validate_file(path: str | Path, task: str | None) -> FileReport:
     except DataError as error:
         return FileReport(path=str(path), error=str(error))
     requests = [request for record in parsed.records for request in record]
-    probes = Counter(f"{probe.kind}/{probe.group}" for request in requests for probe in request.probes)
     return FileReport(
         path=str(path),
         task=parsed.task,
@@ -121,6 +119,6 @@ def _validate_file(path: str | Path, task: str | None) -> FileReport:
         records=len(parsed.records),
         requests=len(requests),
         bad=parsed.bad,
-        probes=dict(sorted(probes.items())),
+        probes=probe_counts(requests),
         notes=dict(sorted(parsed.notes.items())),
     )

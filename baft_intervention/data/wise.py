@@ -54,15 +54,14 @@ def mend_cut(prompt: str, continuation: str) -> tuple[str, str]:
     return head.strip(), (torn + continuation).strip()
 
 
-def _is_wise(row: Mapping[str, Any]) -> bool:
-    return all(name in row for name in ("prompt", "target_new", "locality_prompt", "locality_ground_truth"))
+_FIELDS = ("prompt", "target_new", "locality_prompt", "locality_ground_truth")
 
 
 def _task(row: Mapping[str, Any]) -> str:
     return "temporal" if "ood_rephrase" in row else "hallucination"
 
 
-@register_format("wise", matches=_is_wise, tasks=("hallucination", "temporal"), task_of=_task)
+@register_format("wise", matches=_FIELDS, tasks=("hallucination", "temporal"), task_of=_task)
 def read_wise(record: Record, *, locality: Literal["mended", "verbatim"] = "mended") -> EditRequest:
     """WISE's hallucination and temporal (prompt, target_new, locality_prompt, ood_rephrase).
 

@@ -21,7 +21,6 @@ A method is a frozen dataclass whose fields are its settings and whose :meth:`Me
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from typing import Any, ClassVar, TypeVar
 
 from ...errors import BaftError, ConfigError, EditError
 from ...models.structure import find_blocks
+from ...registry import did_you_mean
 from ...requests import EditRequest
 from ..edited import EditedModel
 
@@ -83,10 +83,9 @@ class Method:
         fields = {f.name: f for f in dataclasses.fields(cls)}
         for name in settings:
             if name not in fields:
-                near = difflib.get_close_matches(str(name), list(fields), n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ConfigError(
-                    f"method {cls.name!r} has no setting {name!r}; its settings: {', '.join(fields)}{hint}"
+                    f"method {cls.name!r} has no setting {name!r}; its settings: {', '.join(fields)}"
+                    f"{did_you_mean(str(name), fields)}"
                 )
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
         for name, value in values.items():
@@ -133,9 +132,8 @@ def make_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
         ConfigError: the method or a setting is unknown.
     """
     if name not in _METHODS:
-        near = difflib.get_close_matches(name, method_names(), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"unknown method {name!r}; known methods: {', '.join(method_names())}{hint}")
+        known = method_names()
+        raise ConfigError(f"unknown method {name!r}; known methods: {', '.join(known)}{did_you_mean(name, known)}")
     return _METHODS[name].from_settings(settings or {})
 
 
