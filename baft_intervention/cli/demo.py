@@ -191,16 +191,7 @@ def _ask(editor: BaftEditor) -> dict[str, str]:
 
 
 def _ask_fresh_process(place: Path, args: argparse.Namespace) -> dict[str, str]:
-    command = [
-        sys.executable,
-        "-m",
-        "baft_intervention.cli",
-        "generate",
-        "--adapter",
-        str(place),
-        "--json",
-        "--quiet",
-    ]
+    command = [sys.executable, "-m", "baft_intervention.cli", "generate", "--adapter", str(place), "--json", "--quiet"]
     command += ["--prompts", "-", "--max-new-tokens", str(ANSWER_TOKENS)]
     for name in ("device", "dtype"):
         if (value := getattr(args, name)) is not None:

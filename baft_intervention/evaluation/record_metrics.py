@@ -45,6 +45,8 @@ from .scoring import QueryScore
 ACCURACY = {"edit": "reliability", "rephrase": "generality", "portability": "portability"}
 STILL = {"locality": "locality", "unrelated": "unrelated"}
 SUCCESS = {"edit": "efficacy", "rephrase": "paraphrase", "locality": "neighbourhood"}
+# value of a question -> what its name adds to the record's metric
+_SUFFIXES = {"accuracy": "", "accuracy_easyedit": "_easyedit", "exact": "_exact", "kl": "_kl"}
 _SENTENCE = re.compile(r"\n|[.!?](\s|$)")
 
 RecordMetric = Callable[[RecordQueries, Sequence[QueryScore], Mapping[str, str]], float | None]
@@ -113,23 +115,12 @@ def _collect(values: dict[str, list[float | None]], question: Question, name: st
     if question.kind == "edit" and name not in ("accuracy", "accuracy_easyedit", "exact"):
         values[name].append(value)
         return
-    base = ACCURACY.get(question.kind) or STILL[question.kind]
-    for short, long in (
-        ("accuracy", base),
-        ("accuracy_easyedit", base + "_easyedit"),
-        ("exact", base + "_exact"),
-        ("kl", base + "_kl"),
-    ):
-        if name == short:
-            values[long].append(value)
-            if (
-                question.kind in ("portability", "locality", "unrelated")
-                and question.group
-                and name in ("accuracy", "kl")
-            ):
-                values[f"{long}/{question.group}"].append(value)
-            return
-    if question.kind in SUCCESS or name == "convsent":
+    if name in _SUFFIXES:
+        name_of_record = (ACCURACY | STILL)[question.kind] + _SUFFIXES[name]
+        values[name_of_record].append(value)
+        if question.kind in ("portability", *STILL) and question.group and name in ("accuracy", "kl"):
+            values[f"{name_of_record}/{question.group}"].append(value)
+    elif question.kind in SUCCESS or name == "convsent":
         values[name].append(value)
 
 

@@ -14,7 +14,7 @@ from baft_intervention.errors import ConfigError
 from baft_intervention.runtime.adapter import BaftAdapter, Edit
 from baft_intervention.runtime.edit_stack import is_shared
 from baft_intervention.training.maps import map_tensors
-from tiny import tiny_model, tiny_tokenizer
+from tiny import ARCHS, tiny_model, tiny_tokenizer
 
 pyreft = pytest.importorskip("pyreft")
 
@@ -189,7 +189,7 @@ def test_subspaces_are_refused() -> None:
 # ---------------------------------------------------------------------------------------------- through pyreft
 
 
-@pytest.mark.parametrize("layers", [(2,), (0, 1, 3)])
+@pytest.mark.parametrize(("arch", "layers"), [("llama", (2,)), *((arch, (0, 1, 3)) for arch in ARCHS)])
 def test_pyreft_takes_it_on_one_or_many_layers(any_model: Any, layers: tuple[int, ...]) -> None:
     batch = collated(count=len(layers))
     with torch.no_grad():
