@@ -106,7 +106,7 @@ def draw_redundant_dimensions(found: Mapping[str, RedundantDimensions]) -> Figur
     _title(left, "Size of the update along each basis")
     right.set_xlabel("bases kept, largest first")
     right.set_ylabel("probability of the target")
-    _title(right, "Effect that is left without the other bases")
+    _title(right, "What is left when the others are dropped")
     right.text(
         0.98,
         0.04,

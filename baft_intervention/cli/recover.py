@@ -1,4 +1,4 @@
-"""``baft recover``: keep what is intact of a damaged adapter."""
+"""``baft recover``: save the intact edits of a damaged adapter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def add(commands: Any) -> None:
         commands,
         "recover",
         run,
-        summary="keep what is intact of a damaged adapter",
+        summary="save the intact edits of a damaged adapter",
         description="Copies everything that matches its checksums from a folder with a damaged log (adapter.log) to a new folder,\n"
         "and says what is lost. An edit comes back if the record that replaced or undid it is lost. The damaged folder\n"
         "stays as it is.",
