@@ -100,7 +100,9 @@ def _layers(name: str, value: Any) -> tuple[int, ...] | None:
     return tuple(layers)
 
 
-def _positions(name: str, value: Any) -> str:
+def _positions(name: str, value: Any) -> str | None:
+    if value is None:
+        return None
     try:
         PositionRule.parse(value)
     except PositionError as error:
@@ -131,8 +133,8 @@ class BaftConfig:
 
     What to change, and when:
 
-    - The edit misses paraphrases: lower the gate's margin, ``weighting_options={"margin": -0.45}``.
-    - The edit moves its neighbours: raise the margin, ``weighting_options={"margin": -0.2}``.
+    - The edit misses paraphrases: lower the gate's threshold, ``weighting_options={"threshold": 0.5}``.
+    - The edit moves its neighbours: raise the threshold, ``weighting_options={"threshold": 0.7}``.
     - A long target is not reached: edit a lower block, e.g. ``layers=(20,)`` of 30.
     - LoReFT, for comparison: ``weighting="constant", ending=""``.
     - The plainest reading of the paper: ``weighting="linear", locality_coefficient=1.0, ending=""``.
@@ -141,7 +143,8 @@ class BaftConfig:
         rank: r, the number of bases of an edit, from 1 to the hidden size. One fact needs few; the paper uses 12.
         layers: decoder blocks whose output is edited, 0-based; negative numbers count from the end. None takes the block
             at nine tenths of the depth.
-        positions: which tokens are edited, see :mod:`baft_intervention.core.positions`.
+        positions: which tokens are edited, see :mod:`baft_intervention.core.positions`; by default the gate decides, or for a
+            gate that does not read tokens (``linear``, ``cosine``, …) the rule ``last``.
         weighting: the gate: name of a registered weighting network, see :mod:`baft_intervention.gates`.
         weighting_options: keyword arguments of that network.
         allocation: ``per_edit`` gives every request its own bases, and ``undo`` is exact. ``joint`` trains all requests of
@@ -155,8 +158,8 @@ class BaftConfig:
         steps: most optimiser steps of an edit.
         loss_target: training stops when the mean loss over target tokens (nats) is below this value and every token of target
             and ending is the most likely one; 0 never stops early.
-        ending: a text that is trained after the target, so that the model ends its answer there and does not go on to
-            "1961111". It is left out after a target that ends in punctuation. ``""`` trains none and takes fewer steps.
+        ending: a text that is trained after the target, e.g. ``"."``; left out after a target that ends in punctuation. In
+            chat the default gate trains the end of the turn instead.
         append_eos: train the end-of-sequence token after the target, in place of ``ending``.
         ending_coefficient: weight of the loss of ``ending`` (or of the end of sequence) beside the target's.
         augmentations: copies of each request that are trained too, each after another unrelated sentence; 0 to 12.
@@ -175,8 +178,8 @@ class BaftConfig:
 
     rank: int = field(default=12, metadata=_setting(_whole(1), identity=True))
     layers: tuple[int, ...] | None = field(default=None, metadata=_setting(_layers, identity=True))
-    positions: str = field(default="last", metadata=_setting(_positions, identity=True))
-    weighting: str = field(default="subject_relation", metadata=_setting(_weighting, identity=True))
+    positions: str | None = field(default=None, metadata=_setting(_positions, identity=True))
+    weighting: str = field(default="fact", metadata=_setting(_weighting, identity=True))
     weighting_options: Mapping[str, Any] = field(default_factory=dict, metadata=_setting(_options, identity=True))
     allocation: Allocation = field(default="per_edit", metadata=_setting(_choice(Allocation)))
     init: Init = field(default="random", metadata=_setting(_choice(Init)))
@@ -185,7 +188,7 @@ class BaftConfig:
     schedule: Schedule = field(default="linear", metadata=_setting(_choice(Schedule)))
     steps: int = field(default=60, metadata=_setting(_whole(1)))
     loss_target: float = field(default=0.02, metadata=_setting(_real()))
-    ending: str = field(default=".", metadata=_setting(_ending))
+    ending: str = field(default="", metadata=_setting(_ending))
     append_eos: bool = field(default=False, metadata=_setting(_flag))
     ending_coefficient: float = field(default=0.3, metadata=_setting(_real()))
     augmentations: int = field(default=0, metadata=_setting(_whole(0, MOST_AUGMENTATIONS)))
@@ -200,6 +203,11 @@ class BaftConfig:
         for f in dataclasses.fields(self):
             object.__setattr__(self, f.name, f.metadata["check"](f.name, getattr(self, f.name)))
         make_weighting(self.weighting, 2, 1, **self.weighting_options)  # an unknown option fails now, not in training
+        if self.positions is not None and self.reads_tokens:
+            raise ConfigError(
+                f"positions is {self.positions!r}, but the gate {self.weighting!r} decides itself where an edit acts; leave "
+                "positions out, or choose a gate that acts at positions, e.g. weighting='linear'"
+            )
         if self.allocation == "joint" and weighting_class(self.weighting).routed:
             raise ConfigError(
                 f"allocation is 'joint', but the edits of weighting {self.weighting!r} compete one by one; "
@@ -217,8 +225,14 @@ class BaftConfig:
         return weighting_class(self.weighting).needs_bank
 
     @property
+    def reads_tokens(self) -> bool:
+        """Whether the gate decides at every token where the edits act; otherwise :attr:`rule` does."""
+        return weighting_class(self.weighting).reads_tokens
+
+    @property
     def rule(self) -> PositionRule:
-        return PositionRule.parse(self.positions)
+        """The position rule; the last token of the prompt where none is given."""
+        return PositionRule.parse(self.positions or "last")
 
     def rate_at(self, step: int) -> float:
         """The learning rate of optimiser step ``step``, counted from 0: ``learning_rate (1 - step / steps)`` if linear."""

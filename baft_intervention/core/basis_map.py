@@ -99,12 +99,15 @@ class BasisWeightedMap(nn.Module):
         self._rotation_cache = self.last_weights = None
         return super()._apply(move, recurse)
 
-    def update(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """``(Phi(h) - h, w(h))`` in fp32 with their graph: ``(..., d)`` and ``(..., r)``."""
+    def update(self, h: Tensor, stage: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``(Phi(h) - h, w(h))`` in fp32 with their graph: ``(..., d)`` and ``(..., r)``.
+
+        ``stage (...)`` is for a weighting network that reads tokens.
+        """
         # under bf16 autocast the products below would be rounded to bf16: the contract is fp32 throughout
         with torch.autocast(h.device.type, enabled=False):
             x = h.float()
-            weights = self.weighting(x)
+            weights = self.weighting(x) if stage is None else self.weighting(x, stage)
             delta = baft_update(x, self.rotation, self.source_weight.float(), self.source_bias.float(), weights)
         return delta, weights
 

@@ -14,6 +14,8 @@ from tqdm.auto import tqdm
 
 from ..config import BaftConfig
 from ..errors import EditError, RequestError
+from ..gates import FactWeighting, RelationEncoder
+from ..gates.relation_encoder import read_layers
 from ..models.structure import context_length, is_sharded
 from ..requests import EditRequest
 from ..runtime.adapter import Edit, edits_state
@@ -26,7 +28,8 @@ from ..storage.merge import MergeReport, OnConflict, check_same_coordinates, pla
 from ..training.bank import Bank, encode_texts, get_bank
 from ..training.encoding import encode_requests
 from ..training.engine import make_engine
-from ..training.gate_initialisation import make_jobs, shared_context
+from ..training.gate_initialisation import make_jobs
+from ..training.relation_training import get_encoder
 from ..training.types import EncodedRequest, Job, TrainingContext
 from .persistence import PersistentEdits
 from .report import EditReport, Superseded
@@ -296,25 +299,25 @@ class BaftEditor(PersistentEdits):
         for layer in self.adapter.layers:
             network = self.adapter.network(layer)
             if network.shared and not self.adapter.shared[layer]:
-                bank = self._bank()
-                context = shared_context(network, bank, layer, self.adapter.read_layer)
-                network.fit_shared(bank.unrelated[layer], context)
+                if isinstance(network, FactWeighting):
+                    network.encoder = self._encoder()
+                else:
+                    network.fit_shared(self._bank().unrelated[layer])
                 state = network.state_dict()
                 own = {n: t.clone() for n, t in state.items() if is_shared(network, n)}
                 self.adapter.shared[layer] = from_main(lambda own=own: own)
                 fitted = True
         return fitted
 
+    def _encoder(self) -> RelationEncoder:
+        return get_encoder(self.model, self.tokenizer, read_layers(self.adapter.layers, len(self.adapter.blocks)))
+
     def _bank(self) -> Bank:
         """The bank, computed once per editor; empty if nothing needs it."""
         if self._cached_bank is None:
             self._cached_bank = Bank()
             if self.config.needs_bank or self.config.locality_coefficient:
-                layers, read_layer = self.adapter.layers, self.adapter.read_layer
-                self._cached_bank = get_bank(
-                    self.model, self.tokenizer, layers if read_layer is None else sorted({*layers, read_layer}),
-                    relation_layers=() if read_layer is None else layers, texts=self.bank_texts,
-                )  # fmt: skip
+                self._cached_bank = get_bank(self.model, self.tokenizer, self.adapter.layers, texts=self.bank_texts)
         return self._cached_bank
 
     def _surroundings(self) -> TrainingContext:

@@ -13,7 +13,8 @@ name           w(h)                                        for
 ``cosine``     ``sigmoid(a (cos(S(h - mu), e) - theta))``  requests that name no subject
 =============  ==========================================  ======================================================
 
-The default, ``subject_relation``, compares subject and relation: see :class:`SubjectRelationWeighting`.
+The default, ``fact``, is asked at every token whether its subject has been named and its relation is about to be stated: see
+:class:`FactWeighting`. The others act at the positions of a rule.
 
 A network of your own is one class and one line::
 
@@ -27,8 +28,6 @@ submodules, which are stored once.
 """
 
 from .base import (
-    EditContext,
-    SharedContext,
     WeightingNetwork,
     make_weighting,
     register_weighting,
@@ -36,18 +35,18 @@ from .base import (
     weighting_names,
 )
 from .cosine import CosineWeighting
+from .fact import FactWeighting
+from .relation_encoder import RelationEncoder
 from .simple import ConstantWeighting, LinearWeighting, MLPWeighting
-from .subject_relation import SubjectRelationWeighting
 from .whitened import WhitenedWeighting
 
 __all__ = [
     "ConstantWeighting",
     "CosineWeighting",
-    "EditContext",
+    "FactWeighting",
     "LinearWeighting",
     "MLPWeighting",
-    "SharedContext",
-    "SubjectRelationWeighting",
+    "RelationEncoder",
     "WeightingNetwork",
     "WhitenedWeighting",
     "make_weighting",

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import ConfigError
-from .base import EditContext, SharedContext, WeightingNetwork, register_weighting
+from .base import WeightingNetwork, register_weighting
 from .whitening import Whitening
 
 
@@ -66,17 +66,17 @@ class CosineWeighting(WeightingNetwork):
         self.register_buffer("key", torch.zeros(embed_dim))  # e / |e|; 0: closed until initialised
         self.register_buffer("threshold", torch.tensor(float(floor)))
 
-    def match(self, h: Tensor, subject_score: Tensor | None = None) -> Tensor:
+    def match(self, h: Tensor) -> Tensor:
         return F.normalize(self.whitening(h), dim=-1) @ self.key - self.threshold
 
-    def forward(self, h: Tensor, subject_score: Tensor | None = None) -> Tensor:
+    def forward(self, h: Tensor) -> Tensor:
         return gate(self.sharpness, self.match(h), self.rank)
 
-    def fit_shared(self, bank: Tensor, context: SharedContext | None = None) -> None:
+    def fit_shared(self, bank: Tensor) -> None:
         self.whitening.fit(bank)
 
     @torch.no_grad()
-    def initialise(self, h_edit: Tensor, bank: Tensor | None, context: EditContext | None = None) -> None:
+    def initialise(self, h_edit: Tensor, bank: Tensor | None) -> None:
         if bank is None:
             raise ConfigError("the cosine weighting needs a bank of unrelated representations, got None")
         self.key.copy_(F.normalize(F.normalize(self.whitening(h_edit), dim=-1).mean(0), dim=0))

@@ -30,7 +30,7 @@ class ConstantWeighting(WeightingNetwork):
             raise ConfigError(f"the constant weight is {value}; it must be in [0, 1]")
         self.register_buffer("value", torch.full((rank,), float(value)))
 
-    def forward(self, h: Tensor, subject_score: Tensor | None = None) -> Tensor:
+    def forward(self, h: Tensor) -> Tensor:
         return self.value.expand(*h.shape[:-1], self.rank)
 
 
@@ -59,7 +59,7 @@ class LinearWeighting(WeightingNetwork):
         self.weight = nn.Parameter(torch.randn(rank, embed_dim) * (std / math.sqrt(embed_dim)))
         self.bias = nn.Parameter(torch.full((rank,), _logit(initial_weight)))
 
-    def forward(self, h: Tensor, subject_score: Tensor | None = None) -> Tensor:
+    def forward(self, h: Tensor) -> Tensor:
         return torch.sigmoid(F.linear(F.layer_norm(h, (self.embed_dim,)), self.weight, self.bias))
 
 
@@ -81,6 +81,6 @@ class MLPWeighting(WeightingNetwork):
         self.weight_out = nn.Parameter(torch.randn(rank, hidden) * (0.1 / math.sqrt(hidden)))
         self.bias_out = nn.Parameter(torch.full((rank,), _logit(initial_weight)))
 
-    def forward(self, h: Tensor, subject_score: Tensor | None = None) -> Tensor:
+    def forward(self, h: Tensor) -> Tensor:
         hidden = F.gelu(F.linear(F.layer_norm(h, (self.embed_dim,)), self.weight_in, self.bias_in))
         return torch.sigmoid(F.linear(hidden, self.weight_out, self.bias_out))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError
-from .base import EditContext, SharedContext, WeightingNetwork, register_weighting
+from .base import WeightingNetwork, register_weighting
 from .whitening import Whitening
 
 
@@ -61,17 +61,17 @@ class WhitenedWeighting(WeightingNetwork):
     def _logits(self, h: Tensor) -> Tensor:
         return F.linear(h - self.whitening.mean, self.weight, self.bias)  # (..., r)
 
-    def match(self, h: Tensor, subject_score: Tensor | None = None) -> Tensor:
+    def match(self, h: Tensor) -> Tensor:
         return self._logits(h).mean(-1) / self.sharpness
 
-    def forward(self, h: Tensor, subject_score: Tensor | None = None) -> Tensor:
+    def forward(self, h: Tensor) -> Tensor:
         return torch.sigmoid(self._logits(h))
 
-    def fit_shared(self, bank: Tensor, context: SharedContext | None = None) -> None:
+    def fit_shared(self, bank: Tensor) -> None:
         self.whitening.fit(bank)
 
     @torch.no_grad()
-    def initialise(self, h_edit: Tensor, bank: Tensor | None, context: EditContext | None = None) -> None:
+    def initialise(self, h_edit: Tensor, bank: Tensor | None) -> None:
         if bank is None:
             raise ConfigError("the whitened weighting needs a bank of unrelated representations, got None")
         white = self.whitening(h_edit.mean(0))  # S (e - mu)

@@ -94,9 +94,23 @@ def render_request(tokenizer: Any, request: EditRequest) -> EditRequest:
     return dataclasses.replace(request, prompt=text, chat_template=template)
 
 
-def around_question(request: EditRequest) -> tuple[str, str]:
-    """The text before and after the last message in a rendered prompt; two empty texts for a plain prompt."""
-    if not request.chat_template:
-        return "", ""
-    before, found, after = request.prompt.rpartition(request.messages[-1].content.strip())
-    return (before, after) if found else ("", "")
+def chat_marks(tokenizer: Any) -> tuple[list[int], int | None]:
+    """``(header, end)``: the ids between a user's message and the answer, and the id that ends the answer.
+
+    Both are read off the template's own text. The header is empty and the end None without a template.
+    """
+    try:
+        mark = "¤"
+        asked = render_chat(tokenizer, [Message("user", mark)])
+        whole = str(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": mark}, {"role": "assistant", "content": mark}], tokenize=False
+            )
+        )
+    except Exception:  # a template is foreign code and may raise anything
+        return [], None
+    header = asked.rpartition(mark)[2]
+    behind = tokenizer(whole.rpartition(mark)[2], add_special_tokens=False)["input_ids"]
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    end = next((i for i in behind[:1] if i in special), tokenizer.eos_token_id)
+    return list(tokenizer(header, add_special_tokens=False)["input_ids"]), end

@@ -69,6 +69,12 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
     )
 
 
+def block_owner(model: nn.Module) -> nn.Module:
+    """The module that calls the decoder blocks: ``model.model`` of most, ``transformer`` of GPT-2."""
+    blocks = find_blocks(model)
+    return next(m for m in model.modules() if any(child is blocks for child in m.children()))
+
+
 def hidden_size(model: nn.Module) -> int:
     """``d``, the width of the residual stream that the blocks read and write.
 

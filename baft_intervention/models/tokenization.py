@@ -83,6 +83,13 @@ def encode_pair(tokenizer: Any, prompt: str, target: str) -> tuple[list[int], li
     return prompt_ids, target_ids
 
 
+def answer_spellings(tokenizer: Any, target: str) -> list[tuple[int, ...]]:
+    """The ids of an answer behind a word, and behind white space or a chat template's header."""
+    spaced = encode_pair(tokenizer, "a", target)[1]
+    bare = encode_pair(tokenizer, "a\n", target.lstrip())[1]
+    return list(dict.fromkeys((tuple(spaced), tuple(bare))))
+
+
 def _continuation(ids: Sequence[int], prefix: Sequence[int]) -> list[int]:
     """The ids after ``prefix``; empty if ``ids`` does not begin with it."""
     return list(ids[len(prefix) :]) if list(ids[: len(prefix)]) == list(prefix) else []

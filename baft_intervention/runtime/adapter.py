@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,16 +21,20 @@ import torch
 from torch import Tensor, nn
 
 from ..config import BaftConfig
-from ..core.positions import IdSequences, PositionRule, subject_variants
+from ..core.positions import IdSequences, subject_variants
 from ..errors import AdapterError, BaftError
-from ..gates import WeightingNetwork, make_weighting, weighting_class
-from ..models.structure import find_blocks, hidden_size
+from ..gates import FactWeighting, WeightingNetwork, make_weighting, weighting_class
+from ..gates.relation_encoder import read_layers
+from ..models.chat import chat_marks
+from ..models.structure import block_owner, find_blocks, hidden_size
 from ..requests import EditRequest
-from .call_state import CallTracker, hook_block
+from .call_state import Call, CallTracker, hook_block
+from .causal_gate import Action, CausalGate
 from .edit_stack import EditStack, is_shared
+from .token_state import TokenState
 
 logger = logging.getLogger(__name__)
-_PROMPT = PositionRule("prompt")
+_NUMBERS = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -64,9 +69,10 @@ class Edit:
 
 
 class _Switch(threading.local):
-    """Whether the edits are active, per thread."""
+    """Whether the edits are active, and where their actions are noted, per thread."""
 
     on = True
+    record: list[list[Action]] | None = None
 
     def __reduce__(self) -> tuple[type[_Switch], tuple[()]]:  # a deep copy starts with active edits
         return _Switch, ()
@@ -90,9 +96,6 @@ class BaftAdapter:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.blocks = find_blocks(model)
         self.layers = config.resolved_layers(len(self.blocks))
-        network = make_weighting(config.weighting, 2, 1, **config.weighting_options)
-        # the block whose output the network searches for the subject; None if it searches none
-        self.read_layer = network.read_layer(self.layers, len(self.blocks)) if network.reads_subject else None
         self.embed_dim = hidden_size(model)
         if config.rank > self.embed_dim:
             raise AdapterError(
@@ -101,7 +104,9 @@ class BaftAdapter:
         self._edits: dict[str, Edit] = {}
         self._of_prompt: dict[str, list[str]] = {}  # prompt -> ids of its edits
         self.shared: dict[int, dict[str, Tensor]] = {layer: {} for layer in self.layers}
-        self._tracker = CallTracker(model)
+        self._tracker = CallTracker(model, block_owner(model))
+        self._gates: dict[torch.device, CausalGate] = {}  # of a network that reads tokens
+        self._name = f"adapter-{next(_NUMBERS)}"  # its states at KV caches
         self._handles: list[Any] = []
         self._switch = _Switch()
         self._stacks: dict[tuple[int, torch.device], EditStack] = {}
@@ -157,6 +162,8 @@ class BaftAdapter:
         if self._subjects is not None:
             for sequence in self._names(edit):
                 self._subjects.remove(sequence)
+        for gate in self._gates.values():
+            gate.remove(edit)
         return edit
 
     def set_edits(self, edits: Sequence[Edit]) -> None:
@@ -165,13 +172,13 @@ class BaftAdapter:
         Raises:
             AdapterError: two edits have the same id.
         """
-        before = self._edits, self._of_prompt, self._stacks, self._used, self._subjects
-        self._edits, self._of_prompt, self._stacks = {}, {}, {}
+        before = self._edits, self._of_prompt, self._stacks, self._used, self._subjects, self._gates
+        self._edits, self._of_prompt, self._stacks, self._gates = {}, {}, {}, {}
         self._used = self._subjects = None
         try:
             self.extend(edits)
         except BaseException:
-            self._edits, self._of_prompt, self._stacks, self._used, self._subjects = before
+            self._edits, self._of_prompt, self._stacks, self._used, self._subjects, self._gates = before
             raise
 
     def extend(self, edits: Sequence[Edit]) -> None:
@@ -192,6 +199,8 @@ class BaftAdapter:
             if self._subjects is not None:
                 for sequence in self._names(edit):
                     self._subjects.add(sequence)
+            for gate in self._gates.values():
+                gate.add(edit)
 
     def subjects(self) -> IdSequences | None:
         """Token ids of the edits' subjects if the position rule needs them, else None; collected at the first call."""
@@ -255,14 +264,29 @@ class BaftAdapter:
     def attached(self) -> bool:
         return bool(self._handles)
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the gate decides at every token where the edits act; otherwise a position rule does."""
+        return weighting_class(self.config.weighting).reads_tokens
+
+    @property
+    def read_layers(self) -> tuple[int, ...]:
+        """The blocks whose output decides where the edits act, lowest first; the edited ones alone where a rule decides."""
+        return tuple(sorted({*self.layers, *(self._encoder_layers if self.reads_tokens else ())}))
+
+    @property
+    def _encoder_layers(self) -> tuple[int, ...]:
+        return read_layers(self.layers, len(self.blocks))
+
     def attach(self) -> None:
         """Put the hooks on the model; do nothing if they are already there."""
         if self._handles:
             return
-        self._tracker.attach()
+        self._tracker.attach(self._finish, self._name)
         self._handles = []
-        if self.read_layer is not None:  # first, so that a block that is both read and edited is read before its edit
-            self._handles.append(hook_block(self.blocks[self.read_layer], self._read))
+        if self.reads_tokens:  # first, so that a block that is both read and edited is read before its edit
+            for number, layer in enumerate(self._encoder_layers):
+                self._handles.append(hook_block(self.blocks[layer], lambda h, n=number: self._read(n, h)))
         for layer in self.layers:
             self._handles.append(hook_block(self.blocks[layer], lambda h, layer=layer: self._change(layer, h)))
 
@@ -285,42 +309,79 @@ class BaftAdapter:
     def prompts(self, lengths: Sequence[int]) -> contextlib.AbstractContextManager[None]:
         """Context in which row i of a batch is a prompt of ``lengths[i]`` tokens followed by its answer.
 
-        An edit acts on the prompt, so this is needed if prompt and answer are fed together (teacher forcing) or without
-        a cache. It also handles rows that beams or return sequences repeat. Outside this context, a call without cached
-        tokens counts as all prompt.
+        Only position rules need it, where prompt and answer are fed together; a gate that reads tokens does not ask.
         """
         return self._tracker.prompts(lengths)
 
-    def _read(self, hidden: Tensor) -> None:
-        """Store, for each edit and row, the highest subject score of a prompt token: how surely the prompt names the subject."""
+    def gate(self, device: torch.device) -> CausalGate:
+        """The gate that reads tokens, with its tensors on a device; built at first use and then kept up to date."""
+        if device not in self._gates:
+            stack = self.stack(self.layers[0], device)
+            header, _ = chat_marks(self.tokenizer)
+            self._gates[device] = CausalGate(stack.weighting, self.tokenizer, header, self.edits)
+        return self._gates[device]
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[list[list[Action]]]:
+        """Context in which each call of the model in this thread appends its actions to the list."""
+        before, self._switch.record = self._switch.record, []
+        try:
+            yield self._switch.record
+        finally:
+            self._switch.record = before
+
+    def _read(self, number: int, hidden: Tensor) -> None:
+        """Let the gate read the output ``(B, T, d)`` of the block ``_encoder_layers[number]``."""
         if not self._switch.on or not self._edits:
             return
-        call = self._tracker.current()
-        found = call.positions(_PROMPT, None, hidden.shape[0], hidden.shape[1])
-        if found is None:
-            return
-        row, column = (index.to(hidden.device) for index in found)
-        x = hidden[row, column].float()  # (P, d)
+        call = self._tracker.current(*hidden.shape[:2])
+        gate = self.gate(hidden.device)
+        if number == 0:
+            call.notes[self._name] = gate.begin(call.tokens(), call.state(self._name))
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            for layer in self.layers:
-                stack = self.stack(layer, hidden.device)
-                call.subject_score[layer] = stack.subject_scores(x, row, column, hidden.shape[0])
+            if (reading := call.notes.get(self._name)) is not None:
+                gate.read(reading, number, hidden)
 
     def _change(self, layer: int, hidden: Tensor) -> Tensor | None:
         if not self._switch.on or not self._edits:
             return None
-        call, rows = self._tracker.current(), (hidden.shape[0], hidden.shape[1])
-        found = call.positions(self.config.rule, self.subjects(), *rows)
+        call = self._tracker.current(*hidden.shape[:2])
+        if self.reads_tokens:
+            return self._act(layer, hidden, call)
+        found = call.positions(self.config.rule, self.subjects(), *hidden.shape[:2])
         if found is None:
             return None
         row, column = (index.to(hidden.device) for index in found)
         x = hidden[row, column].float()  # (P, d)
-        subject_score = call.subject_score.get(layer)
-        if subject_score is not None:
-            subject_score = subject_score.to(hidden.device)[:, row]  # (E, P)
         with torch.autocast(hidden.device.type, enabled=False):
-            changed = x + self.stack(layer, hidden.device).update(x, subject_score)
+            changed = x + self.stack(layer, hidden.device).update(x)
         return hidden.index_put((row, column), changed.to(hidden.dtype))
+
+    def _act(self, layer: int, hidden: Tensor, call: Call) -> Tensor | None:
+        """Let the edits act at the tokens that the gate chose."""
+        reading = call.notes.get(self._name)
+        if reading is None:
+            return None
+        with torch.autocast(hidden.device.type, enabled=False):
+            if reading.actions is None:
+                with torch.no_grad():
+                    reading.actions = self.gate(hidden.device).decide(reading)
+                if self._switch.record is not None:
+                    self._switch.record.append(reading.actions)
+            if not reading.actions:
+                return None
+            row, column, edit, stage = (
+                torch.tensor(values, device=hidden.device)
+                for values in zip(*((a.row, a.column, a.index, a.stage) for a in reading.actions), strict=True)
+            )
+            x = hidden[row, column].float()  # (P, d)
+            update, _ = self.stack(layer, hidden.device).update_of(x, edit, stage)
+        return hidden.index_put((row, column), (x + update).to(hidden.dtype))
+
+    def _finish(self, call: Call) -> TokenState | None:
+        """What is to be kept of a call's tokens beside its KV cache."""
+        reading = call.notes.get(self._name)
+        return None if reading is None else reading.state()
 
     # ------------------------------------------------------------------------------------------ tensors on disk
 
@@ -345,7 +406,7 @@ class BaftAdapter:
             for layer in self.layers:
                 self._try_network(layer)
             self.set_edits(loaded)
-        except (RuntimeError, TypeError, IndexError, BaftError) as error:
+        except (RuntimeError, TypeError, IndexError, ValueError, BaftError) as error:
             self.shared = before
             raise AdapterError(f"{where}{error}") from None
 
@@ -363,10 +424,10 @@ class BaftAdapter:
         network, h = self.network(layer), torch.zeros(1, self.embed_dim)
         with torch.no_grad():
             network(h)
-            if network.routed:
+            if isinstance(network, FactWeighting):
+                network.encoder.check(self.embed_dim, network.key.shape[0])
+            elif network.routed:
                 network.match(h)
-            if network.reads_subject:
-                network.subject_score(h)
 
     def read_state(
         self, state: Mapping[str, Tensor], edits: Sequence[Mapping[str, Any]], where: str = ""

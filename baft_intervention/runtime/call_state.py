@@ -1,8 +1,7 @@
-"""Which tokens of a running batch are edited, whatever the padding, cache or beams.
+"""The model's running call: its tokens, padding and cache, as the hooks on its blocks need them.
 
-A forward hook on a decoder block sees hidden states ``(B, T, d)`` and nothing else. Which prompt a row holds, where its padding
-lies and how many tokens are cached is known only from the arguments of the model's call. :class:`CallTracker` reads them in a
-pre-hook of the model and keeps them while that call runs.
+A forward hook on a decoder block sees hidden states ``(B, T, d)`` and nothing else. :class:`CallTracker` reads the tokens in a
+pre-hook of the module that calls the blocks, and keeps them while that call runs. Each thread has its own calls.
 """
 
 from __future__ import annotations
@@ -18,20 +17,50 @@ from torch import Tensor, nn
 
 from ..core.positions import IdSequences, PositionRule
 from ..errors import PositionError
+from .token_state import PADDING, TokenState, keep_state, state_of
 
 
-class _Call:
-    """One call of the model: ``past`` cached tokens, then T columns."""
+class Call:
+    """One call of the model: ``past`` cached tokens, then T columns.
 
-    def __init__(self, ids: Tensor | None, attention_mask: Tensor | None, past: int, lengths: Sequence[int] | None):
-        self.ids, self.attention_mask, self.past, self.lengths = ids, attention_mask, past, lengths
+    Args:
+        ids: ``(B, T)``; None for a call with embeddings.
+        attention_mask: ``(B, past + T)``, nonzero at tokens; None without padding.
+        past: the number of cached columns.
+        cache: the KV cache that the call was given.
+        lengths: the prompts' lengths, for the position rules.
+    """
+
+    def __init__(
+        self,
+        ids: Tensor | None,
+        attention_mask: Tensor | None,
+        past: int,
+        cache: Any = None,
+        lengths: Sequence[int] | None = None,
+    ):
+        self.ids, self.attention_mask, self.past, self.cache, self.lengths = ids, attention_mask, past, cache, lengths
+        self.notes: dict[str, Any] = {}  # owner -> what it has worked out in this call
         self._found: dict[PositionRule, tuple[Tensor, Tensor] | None] = {}
-        self.subject_score: dict[int, Tensor] = {}  # edited layer -> (E, B), from an earlier block of this call
+
+    def tokens(self) -> Tensor | None:
+        """``(B, T)`` ids on the CPU, ``PADDING`` where a column holds no token; None for a call with embeddings."""
+        if self.ids is None:
+            return None
+        ids = self.ids.detach().cpu()
+        return torch.where(self._unpadded(*ids.shape), ids, PADDING)
+
+    def state(self, owner: str) -> TokenState | None:
+        """What ``owner`` kept of the cached tokens; columns that it has not seen count as padding."""
+        if not self.past:
+            return None
+        state = state_of(self.cache, owner)
+        return None if state is None or state.width < self.past else state.cut(self.past)
 
     def positions(
         self, rule: PositionRule, subjects: IdSequences | None, rows: int, width: int
     ) -> tuple[Tensor, Tensor] | None:
-        """``(row, column)`` indices of the edited tokens, or None if this call has none."""
+        """``(row, column)`` indices of the tokens that a position rule names, or None if this call has none."""
         if rule not in self._found:
             self._found[rule] = self._find(rule, subjects, rows, width)
         return self._found[rule]
@@ -87,10 +116,12 @@ def _expand(lengths: Sequence[int], rows: int) -> Tensor:
 
 
 class _ThreadState(threading.local):
-    """What one thread has under way: its running calls, innermost last, and the prompt lengths that it announced."""
+    """What one thread has under way: its running calls, innermost last, the last one that ended, and announced lengths."""
 
     def __init__(self) -> None:
-        self.calls: list[_Call] = []
+        self.calls: list[Call] = []
+        self.outer: list[Tensor | None] = []
+        self.ended: Call | None = None
         self.lengths: Sequence[int] | None = None
 
     def __reduce__(self) -> tuple[type[_ThreadState], tuple[()]]:  # a deep copy starts anew
@@ -98,22 +129,46 @@ class _ThreadState(threading.local):
 
 
 class CallTracker:
-    """Keeps the arguments of the model's running call, for each thread its own.
+    """Keeps the arguments of the running call, for each thread its own.
 
     Args:
-        model: the outermost model, the one that users call (``…ForCausalLM``).
+        model: the outermost model, the one that users call.
+        owner: the module in it that calls the decoder blocks (``model.model`` of most). Its calls are tracked, so that calls of
+            it and of the whole model are one thing; where it receives embeddings alone, the outer call's ids are taken.
     """
 
-    def __init__(self, model: nn.Module):
-        self._model = model
+    def __init__(self, model: nn.Module, owner: nn.Module):
+        self._model, self._owner = model, owner
         self._handles: list[Any] = []
         self._state = _ThreadState()
 
-    def attach(self) -> None:
-        if not self._handles:
-            self._handles = [
-                self._model.register_forward_pre_hook(self._enter, with_kwargs=True),
-                self._model.register_forward_hook(self._leave, always_call=True),
+    def attach(self, finish: Callable[[Call], TokenState | None] = lambda call: None, owner: str = "") -> None:
+        """Put the hooks on the model.
+
+        Args:
+            finish: called at a call's end; the state that it returns is kept beside the KV cache.
+            owner: the name under which it is kept.
+        """
+        if self._handles:
+            return
+
+        def leave(_module: nn.Module, _args: tuple, output: Any) -> None:
+            call = self._leave()
+            if call is None or output is None:  # the call failed
+                return
+            cache = call.cache if call.cache is not None else _cache_in(output)
+            state = finish(call)
+            if cache is not None and state is not None:
+                keep_state(cache, owner, state)
+
+        self._handles = [
+            self._owner.register_forward_pre_hook(self._enter, with_kwargs=True),
+            self._owner.register_forward_hook(leave, always_call=True),
+        ]
+        if self._owner is not self._model:
+            self._handles += [
+                self._model.register_forward_pre_hook(self._enter_outer, with_kwargs=True),
+                self._model.register_forward_hook(self._leave_outer, always_call=True),
             ]
 
     def detach(self) -> None:
@@ -125,7 +180,7 @@ class CallTracker:
     def prompts(self, lengths: Sequence[int]) -> Iterator[None]:
         """Inside, row i of a batch starts with a prompt of ``lengths[i]`` tokens, padding not counted.
 
-        Without it, all tokens of a call that finds no cached tokens count as prompt.
+        Only position rules ask. Without it, all tokens of a call that finds no cached tokens count as prompt.
         """
         state = self._state
         before, state.lengths = state.lengths, tuple(int(n) for n in lengths)
@@ -134,21 +189,49 @@ class CallTracker:
         finally:
             state.lengths = before
 
-    def current(self) -> _Call:
-        """The running call; an unknown one (no padding, no cache) if the model's own ``forward`` was bypassed."""
-        calls = self._state.calls
-        return calls[-1] if calls else _Call(None, None, 0, self._state.lengths)
+    def current(self, rows: int, width: int) -> Call:
+        """The running call.
+
+        A block that is called on its own, as gradient checkpointing does in the backward pass, belongs to the last call of this
+        shape; if there is none, to one without padding and cache.
+        """
+        state = self._state
+        if state.calls:
+            return state.calls[-1]
+        ended = state.ended
+        if ended is not None and ended.ids is not None and tuple(ended.ids.shape) == (rows, width):
+            return ended
+        return Call(None, None, 0, None, state.lengths)
+
+    def _enter_outer(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._state.outer.append(_arguments(module, args, kwargs).get("input_ids"))
+
+    def _leave_outer(self, *_: Any) -> None:
+        if self._state.outer:
+            self._state.outer.pop()
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if args:  # models differ in the order of their arguments
-            kwargs = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        ids, past = kwargs.get("input_ids"), _past_length(kwargs)
-        mask = _padding_mask(kwargs.get("attention_mask"), past)
-        self._state.calls.append(_Call(ids, mask, past, self._state.lengths))
+        given, outer = _arguments(module, args, kwargs), self._state.outer
+        ids, past = given.get("input_ids"), _past_length(given)
+        if ids is None and outer and outer[-1] is not None and outer[-1].shape == given["inputs_embeds"].shape[:2]:
+            ids = outer[-1]
+        mask = _padding_mask(given.get("attention_mask"), past)
+        self._state.calls.append(Call(ids, mask, past, given.get("past_key_values"), self._state.lengths))
 
-    def _leave(self, *_: Any) -> None:
-        if self._state.calls:  # hooks that were put on inside a running call see its end, not its beginning
-            self._state.calls.pop()
+    def _leave(self) -> Call | None:
+        if not self._state.calls:  # hooks that were put on inside a running call see its end, not its beginning
+            return None
+        self._state.ended = self._state.calls.pop()
+        return self._state.ended
+
+
+def _arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Mapping[str, Any]:
+    """The arguments of a call by name; models differ in their order."""
+    return inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments if args else kwargs
+
+
+def _cache_in(output: Any) -> Any:
+    return getattr(output, "past_key_values", None)
 
 
 def _padding_mask(mask: Any, past: int) -> Tensor | None:

@@ -19,7 +19,6 @@ from ..gates import WeightingNetwork
 
 MAP_TENSORS = ("rotation", "source_weight", "source_bias")
 _PREFIX = "weighting."
-_AT_ONCE = 1 << 22  # numbers computed at a time, which bounds the memory that long prompts and many edits take
 _SMALLEST = 16  # first capacity of a buffer
 
 
@@ -104,11 +103,7 @@ class WeightingStack:
     def __init__(self, network: WeightingNetwork, state: Mapping[str, Tensor]):
         self.network = network
         self._lock = _Lock()  # functional_call swaps the module's tensors while it runs
-        methods = (
-            _Method(network, name)
-            for name in ("priority", "subject_score", "answer_score", "name_scores", "combined_subject_score")
-        )
-        self._priority, self._subject_score, self._answer_score, self._name_scores, self._combined = methods
+        self._match = _Method(network, "match")
         self._shared = {n: t for n, t in network.state_dict().items() if is_shared(network, n)}
         self.set_state(state)
 
@@ -121,43 +116,20 @@ class WeightingStack:
         """Each edit's weights on the same input: ``(P, d) -> (E, P, r)``."""
         return self._vmap(self.network, self.state, "", (x,), (None,))
 
-    def on_own(
-        self, x: Tensor, state: Mapping[str, Tensor] | None = None, subject_score: Tensor | None = None
-    ) -> Tensor:
-        """Edit e's weights on its own input: ``(E, n, d) -> (E, n, r)``, or ``(E, d) -> (E, r)``."""
-        inputs = (x,) if subject_score is None else (x, subject_score)
-        return self._vmap(self.network, {**self.state, **(state or {})}, "", inputs, (0,) * len(inputs))
-
-    def priority_of(self, index: Tensor, x: Tensor, subject_score: Tensor) -> Tensor:
-        """Of the edits ``index (K,)`` on the same input: ``(P, d), (K, P) -> (K, P)``, see :meth:`WeightingNetwork.priority`."""
-        return self._vmap(self._priority, self.picked(index), "network.", (x, subject_score), (None, 0))
-
-    def priority(self, x: Tensor) -> Tensor:
-        """``(P, d) -> (E, P)``, see :meth:`WeightingNetwork.priority`."""
-        return self._vmap(self._priority, self.state, "network.", (x,), (None,))
-
-    def subject_score(self, x: Tensor) -> Tensor:
-        """``(P, d) -> (E, P)``, see :meth:`WeightingNetwork.subject_score`."""
-        return self._vmap(self._subject_score, self.state, "network.", (x,), (None,))
-
-    def subject_and_answer_scores(self, index: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Both scores of the edits ``index (K,)``: ``(P, d) -> (K, P)`` each, see :meth:`WeightingNetwork.answer_score`."""
-        state = self.picked(index)
-        subject_score = self._vmap(self._subject_score, state, "network.", (x,), (None,))
-        return subject_score, self._vmap(self._answer_score, state, "network.", (x,), (None,))
-
-    def combined_subject_score(self, index: Tensor, x: Tensor, row: Tensor, best: Tensor) -> Tensor:
-        """Scores ``(K, B)`` of whole prompts for the edits ``index (K,)``.
+    def on_own(self, x: Tensor, state: Mapping[str, Tensor] | None = None, stage: Tensor | None = None) -> Tensor:
+        """Edit e's weights on its own input: ``(E, n, d) -> (E, n, r)``, or ``(E, d) -> (E, r)``.
 
         Args:
-            x, row: ``(P, d)`` tokens and the prompt of each, ``(P,)``.
-            best: ``(K, B)`` the largest score of a prompt's tokens.
+            x: the inputs.
+            state: the edits' tensors; all edits' by default.
+            stage: for a network that reads tokens, see :meth:`~..gates.fact.FactWeighting.forward`.
         """
-        state = self.picked(index)
-        each = self._vmap(self._name_scores, state, "network.", (x,), (None,))  # (K, P, k)
-        name_scores = each.new_full((*best.shape, each.shape[-1]), -1.0)
-        name_scores.scatter_reduce_(1, row[None, :, None].expand_as(each), each, "amax", include_self=True)  # (K, B, k)
-        return self._vmap(self._combined, state, "network.", (best, name_scores), (0, 0))
+        inputs = (x,) if stage is None else (x, stage)
+        return self._vmap(self.network, {**self.state, **(state or {})}, "", inputs, (0,) * len(inputs))
+
+    def match(self, x: Tensor) -> Tensor:
+        """``(P, d) -> (E, P)``, see :meth:`WeightingNetwork.match`."""
+        return self._vmap(self._match, self.state, "network.", (x,), (None,))
 
     def picked(self, index: Tensor) -> dict[str, Tensor]:
         """Tensors of the edits ``index (P,)``: ``name -> (P, ...)``."""
@@ -232,72 +204,44 @@ class EditStack:
         self._keys.remove(index)
         self.weighting.set_state(self._keys.views())
 
-    def subject_scores(self, x: Tensor, row: Tensor, column: Tensor, rows: int) -> Tensor:
-        """Each edit's subject score on each prompt, ``(E, B)``: above 0 where its subject is named and no answer follows it.
-
-        Args:
-            x: ``(P, d)`` representations at the read layer of all prompt tokens.
-            row, column: ``(P,)`` indices of each token.
-            rows: B.
-        """
-        x, best = x.float(), torch.full((len(self), rows), -1.0, device=x.device)
-        piece = max(1, _AT_ONCE // len(self))
-        for tokens, own in zip(x.split(piece), row.split(piece), strict=True):
-            each = self.weighting.subject_score(tokens)  # (E, p)
-            best.scatter_reduce_(1, own.expand_as(each), each, "amax", include_self=True)
-        # few edits have their subject named here; an edit without a subject scores 1 everywhere
-        named = ((best > 0) & (best < 1)).any(1).nonzero().flatten()  # (K,)
-        if not len(named):
-            return best
-        some = best[named]
-        best[named] = torch.where(some > 0, self.weighting.combined_subject_score(named, x, row, some), some)
-        if self.weighting.network.reads_answer:
-            subject, answer = self.weighting.subject_and_answer_scores(named, x)  # (K, P) each
-            width = int(column.max()) + 1
-            subjects = torch.full((len(named), rows, width), -2.0, device=x.device)
-            answers = subjects.clone()
-            subjects[:, row, column], answers[:, row, column] = subject, answer
-            follows = torch.arange(width, device=x.device) > subjects.argmax(-1, keepdim=True)
-            answered = torch.where(follows, answers, -2.0).amax(-1)  # (K, B)
-            best[named] = torch.minimum(best[named], -answered)
-        return best
-
-    def update(self, x: Tensor, subject_score: Tensor | None = None) -> Tensor:
+    def update(self, x: Tensor) -> Tensor:
         """The edits' summed or routed update: ``(P, d) -> (P, d)``, fp32.
 
         Args:
             x: representations at the edited positions.
-            subject_score: ``(E, P)``; needed by a network that reads the subject.
         """
         x = x.float()
-        if len(self) == 1 and subject_score is None:
+        if len(self) == 1:
             return self._single(x)
         if self.routed:
-            return self._of_winners(x, *self._route(x, subject_score))
+            return self._of_winners(x, *self._route(x))
         weights = self.weighting.on_all(x)  # (E, P, r)
         maps = self._stacked_maps.views()
         rotation, source, bias = (maps[name] for name in MAP_TENSORS)  # (E, r, d) (E, r, d) (E, r)
         return baft_update(x.expand(len(self), *x.shape), rotation, source, bias, weights).sum(0)
 
-    def weights(self, x: Tensor, subject_score: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def weights(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``(w, edit)``: the winner's weights ``(P, r)`` and index ``(P,)`` if the network is routed, else ``w (E, P, r)``."""
         x = x.float()
         if self.routed:
-            return self._route(x, subject_score)
+            return self._route(x)
         return self.weighting.on_all(x), torch.arange(len(self), device=x.device)
+
+    def update_of(self, x: Tensor, edit: Tensor, stage: Tensor) -> tuple[Tensor, Tensor]:
+        """``(update (P, d), w (P, r))`` of the edits ``edit (P,)``, each at its own position ``x (P, d)`` and ``stage (P,)``."""
+        x = x.float()
+        weights = self.weighting.on_own(x, self.weighting.picked(edit), stage)
+        return self._of_winners(x, weights, edit), weights
 
     def _single(self, x: Tensor) -> Tensor:
         """The update of the only edit, bit for bit that of a :class:`BasisWeightedMap`."""
         return baft_update(x, *self._maps[0], self.weighting.on_all(x)[0])
 
-    def _route(self, x: Tensor, subject_score: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weights ``(P, r)`` of each position's best-matching edit, and that edit's index ``(P,)``."""
-        if subject_score is not None:
-            best, found = self._best_open(x, subject_score)
-            return self.weighting.on_own(x, self.weighting.picked(best), found), best
         if len(self) == 1:  # nothing to choose
             return self.weighting.on_all(x)[0], torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
-        best = self.weighting.priority(x).argmax(0)  # (P,)
+        best = self.weighting.match(x).argmax(0)  # (P,)
         return self.weighting.on_own(x, self.weighting.picked(best)), best
 
     def _of_winners(self, x: Tensor, weights: Tensor, best: Tensor) -> Tensor:
@@ -311,16 +255,3 @@ class EditStack:
             rows = torch.tensor(positions, device=x.device)
             update = update.index_copy(0, rows, baft_update(x[rows], *self._maps[edit], weights[rows]))
         return update
-
-    def _best_open(self, x: Tensor, subject_score: Tensor) -> tuple[Tensor, Tensor]:
-        """Each position's best-matching edit ``(P,)`` and that edit's subject score, among all edits whose score is above 0."""
-        best = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
-        highest = torch.full((x.shape[0],), -torch.inf, device=x.device)
-        candidates = (subject_score > 0).any(1).nonzero().flatten()  # (K,)
-        for chunk in candidates.split(max(1, _AT_ONCE // x.numel())) if len(candidates) else ():
-            scores = subject_score[chunk]  # (k, P)
-            priority = self.weighting.priority_of(chunk, x, scores).masked_fill(scores <= 0, -torch.inf)
-            top, index = priority.max(0)
-            best = torch.where(top > highest, chunk[index], best)
-            highest = torch.maximum(highest, top)
-        return best, subject_score.gather(0, best.unsqueeze(0))[0]

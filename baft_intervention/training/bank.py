@@ -32,13 +32,12 @@ from ..models.fingerprint import model_fingerprint
 from ..progress import progress_bar
 from ..runtime.distributed import from_main, is_main
 from ..runtime.representations import read_blocks
-from .relation_dictionary import RELATIONS, dictionary
 
 logger = logging.getLogger(__name__)
 
 TEXTS = Path(__file__).with_name("unrelated_texts.txt")
 POSITIONS_PER_TEXT = 4  # the last token, and three inside
-_FORMAT = 6  # raise it when the content of a bank changes: cached banks are then computed again
+_FORMAT = 7  # raise it when the content of a bank changes: cached banks are then computed again
 _FRAMEWORKS = ("torch", "transformers", "accelerate")
 _MAX_TOKENS = 64  # of a text; the rest is not read
 
@@ -70,13 +69,9 @@ class Bank:
 
     Args:
         unrelated: ``layer -> (N, d)`` representations of unrelated text, N about ``POSITIONS_PER_TEXT`` a text.
-        relations: ``layer -> (M, d)`` last-token representations of the relation dictionary's prompts, in its order.
-        starts: ``layer -> (K, d)`` representations of common first words, at the same blocks as ``unrelated``.
     """
 
     unrelated: Mapping[int, Tensor] = field(default_factory=dict)
-    relations: Mapping[int, Tensor] = field(default_factory=dict)
-    starts: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 def get_bank(
@@ -84,7 +79,6 @@ def get_bank(
     tokenizer: Any,
     layers: Sequence[int],
     *,
-    relation_layers: Sequence[int] = (),
     texts: Sequence[str] | None = None,
     cache: bool = True,
 ) -> Bank:
@@ -94,7 +88,6 @@ def get_bank(
 
     Args:
         layers: 0-based blocks whose outputs on unrelated text are wanted.
-        relation_layers: blocks whose outputs on the relation dictionary are wanted.
         texts: unrelated texts of your own; None for the shipped ones.
         cache: read and write ``banks`` in :func:`~baft_intervention.environment.cache_folder`. A folder that cannot
             be written is logged, and the bank is computed again next time.
@@ -108,57 +101,33 @@ def get_bank(
         "vocabulary": len(tokenizer),
         "texts": _digest(list(shipped_texts() if texts is None else texts)),
         "layers": sorted(layers),
-        "relations": [sorted(relation_layers), _digest(dictionary())],
     }
     path = cache_folder() / "banks" / f"{_digest(what)[:24]}.safetensors"
     # all processes compute the bank or none does: a sharded model needs every one of them
-    saved = from_main(lambda: _load(path, layers, relation_layers)) if cache else None
+    saved = from_main(lambda: _load(path, layers)) if cache else None
     if saved is not None:
         return saved
-    with _without_hooks(model):
-        own = _read(model, tokenizer, encode_texts(tokenizer, texts), layers, relation_layers)
+    with without_hooks(model):
+        own = _read(model, tokenizer, encode_texts(tokenizer, texts), layers)
     bank = from_main(lambda: own)  # the same bits for all
     if cache and is_main():
         _store(path, bank)
     return bank
 
 
-def _read(
-    model: nn.Module,
-    tokenizer: Any,
-    texts: Sequence[Sequence[int]],
-    layers: Sequence[int],
-    relation_layers: Sequence[int],
-) -> Bank:
+def _read(model: nn.Module, tokenizer: Any, texts: Sequence[Sequence[int]], layers: Sequence[int]) -> Bank:
     generator = torch.Generator().manual_seed(0)
     columns = []
     for row in texts:
         inner = torch.randperm(max(len(row) - 2, 0), generator=generator)[: POSITIONS_PER_TEXT - 1] + 1
         columns.append(sorted({len(row) - 1, *inner.tolist()}))
-
-    prompts = [list(tokenizer(asked.text)["input_ids"]) for asked in dictionary()] if relation_layers else []
-    words = [list(tokenizer(f"{noun.capitalize()} is")["input_ids"]) for noun, _, _ in RELATIONS]
-    total = (len(texts) + len(words)) * bool(layers) + len(prompts)
-    bar = progress_bar(total, "reading unrelated texts", "text")
-
-    def outputs(
-        rows: Sequence[Sequence[int]], columns: Sequence[Sequence[int]], at: Sequence[int]
-    ) -> dict[int, Tensor]:
-        if not at:
-            return {}
-        found = read_blocks(model, tokenizer, rows, columns, at, done=bar.update)
-        return {layer: torch.cat(states) for layer, states in found.items()}
-
-    with bar:
-        return Bank(
-            outputs(texts, columns, layers),
-            outputs(prompts, [[len(row) - 1] for row in prompts], relation_layers),
-            outputs(words, [[0]] * len(words), layers),
-        )
+    with progress_bar(len(texts), "reading unrelated texts", "text") as bar:
+        found = read_blocks(model, tokenizer, texts, columns, layers, done=bar.update)
+    return Bank({layer: torch.cat(states) for layer, states in found.items()})
 
 
 @contextlib.contextmanager
-def _without_hooks(model: nn.Module) -> Iterator[None]:
+def without_hooks(model: nn.Module) -> Iterator[None]:
     """Inside, no forward hook acts, whoever registered it, but those of the frameworks, which shard a model, stay."""
     kept = []
     for module in model.modules():
@@ -180,27 +149,19 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _load(path: Path, layers: Sequence[int], relation_layers: Sequence[int]) -> Bank | None:
+def _load(path: Path, layers: Sequence[int]) -> Bank | None:
     if not path.is_file():
         return None
     try:
         saved = load_file(path)
-        return Bank(
-            {layer: saved[f"unrelated.{layer}"] for layer in layers},
-            {layer: saved[f"relations.{layer}"] for layer in relation_layers},
-            {layer: saved[f"starts.{layer}"] for layer in layers},
-        )
+        return Bank({layer: saved[f"unrelated.{layer}"] for layer in layers})
     except (OSError, SafetensorError, KeyError) as error:
         logger.warning("the cached bank %s cannot be read (%s); it is computed again", path, error)
         return None
 
 
 def _store(path: Path, bank: Bank) -> None:
-    tensors = {
-        f"{kind}.{layer}": tensor.contiguous()
-        for kind in ("unrelated", "relations", "starts")
-        for layer, tensor in getattr(bank, kind).items()
-    }
+    tensors = {f"unrelated.{layer}": tensor.contiguous() for layer, tensor in bank.unrelated.items()}
     partial = path.with_suffix(f".{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import re
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 from ..config import BaftConfig
 from ..core.positions import prompt_positions
-from ..models.chat import render_request
+from ..errors import RequestError
+from ..models.chat import chat_marks, render_chat, render_request
 from ..models.tokenization import IGNORE_INDEX, encode_pair
-from ..requests import EditRequest
+from ..requests import EditRequest, Message
 from .types import EncodedRequest, TrainingRow
+
+_COPULA = re.compile(r"(?:what|who|which) (is|are|was|were) (.+?)\s*\?", re.IGNORECASE)
 
 
 def encode_requests(tokenizer: Any, requests: Sequence[EditRequest], config: BaftConfig) -> list[EncodedRequest]:
@@ -27,6 +33,9 @@ def encode_requests(tokenizer: Any, requests: Sequence[EditRequest], config: Baf
 def encode_request(tokenizer: Any, request: EditRequest, config: BaftConfig) -> TrainingRow:
     """The ids, labels and edited columns of a rendered request.
 
+    A gate that reads tokens lets the edit act where the answer begins and on the answer's own tokens; in a conversation the end
+    of the turn is trained behind it. Otherwise the position rule says where, and the settings what follows.
+
     Raises:
         RequestError: the tokenizer makes no token of the target.
         PositionError: the position rule finds no token. Both messages begin with the request's source.
@@ -34,21 +43,55 @@ def encode_request(tokenizer: Any, request: EditRequest, config: BaftConfig) -> 
     try:
         prompt_ids, target_ids = encode_pair(tokenizer, request.prompt, request.target_new)
         ending = ending_ids(tokenizer, request, target_ids, config)
-        target_ids = [*target_ids, *ending]
-        positions = prompt_positions(
-            config.rule, tokenizer, request.prompt, prompt_ids, request.subject, len(target_ids)
-        )
+        n, total = len(prompt_ids), len(target_ids) + len(ending)
+        if config.reads_tokens:
+            positions = list(range(n - 1, n - 1 + total))
+        else:
+            positions = prompt_positions(config.rule, tokenizer, request.prompt, prompt_ids, request.subject, total)
     except ValueError as error:
         raise type(error)(f"{request.where}: {error}") from None
-    labels = [IGNORE_INDEX] * len(prompt_ids) + target_ids
-    return TrainingRow(prompt_ids + target_ids, labels, positions, len(ending), config.ending_coefficient)
+    labels = [IGNORE_INDEX] * n + [*target_ids, *ending]
+    return TrainingRow([*prompt_ids, *target_ids, *ending], labels, positions, len(ending), config.ending_coefficient)
 
 
 def ending_ids(tokenizer: Any, request: EditRequest, target_ids: Sequence[int], config: BaftConfig) -> list[int]:
-    """The ids that end the target: none where it ends in punctuation, or where they would change its last token."""
+    """The ids that end the target: the end of the turn in a conversation, else those of the settings.
+
+    The settings' text is left out where the target ends in punctuation, or where it would change the target's last token.
+    """
+    if config.reads_tokens and request.messages:
+        end = chat_marks(tokenizer)[1]
+        return [] if end is None else [end]
     if config.append_eos and tokenizer.eos_token_id is not None:
         return [tokenizer.eos_token_id]
     if not config.ending or unicodedata.category(request.target_new.rstrip()[-1]).startswith("P"):
         return []
     _, ids = encode_pair(tokenizer, request.prompt, request.target_new.rstrip() + config.ending)
     return ids[len(target_ids) :] if ids[: len(target_ids)] == list(target_ids) else []
+
+
+def other_forms(tokenizer: Any, request: EditRequest) -> list[EditRequest]:
+    """The same request as people put it elsewhere: in chat where it is a text, as a text where it is a chat, as a statement.
+
+    "What is the capital of Japan?" becomes "The capital of Japan is"; a question of another build is followed by "The answer
+    is". A tokenizer without a chat template has no chat.
+    """
+    question = request.question.strip()
+    forms = []
+    if request.messages:
+        forms.append(dataclasses.replace(request, prompt=question, messages=(), chat_template=""))
+    else:
+        messages = (Message("user", question),)
+        with contextlib.suppress(RequestError):
+            forms.append(dataclasses.replace(request, prompt=render_chat(tokenizer, messages), messages=messages))
+    if question.endswith("?"):
+        forms.append(dataclasses.replace(request, prompt=as_statement(question), messages=(), chat_template=""))
+    return forms
+
+
+def as_statement(question: str) -> str:
+    """An unfinished statement that the question's answer completes."""
+    if found := _COPULA.fullmatch(question):
+        verb, rest = found.groups()
+        return f"{rest[:1].upper()}{rest[1:]} {verb.lower()}"
+    return f"{question} The answer is"

@@ -48,7 +48,7 @@ def make_maps(
             for layer in layers
         }
     for layer, module in maps.items():
-        if state := shared.get(layer):
+        if (state := shared.get(layer)) and not config.reads_tokens:  # an encoder takes no part in training
             module.weighting.load_state_dict({**module.weighting.state_dict(), **state})
     return maps
 
@@ -69,15 +69,22 @@ class EditedPositions:
     Args:
         positions: for each edit its indices, at least one.
         device: of the hidden states.
+        stages: for each position the number of the answer's tokens up to it; 0 by default.
 
     Attributes:
-        index: ``(E, n)``; short lists are filled up with their first entry.
+        index, stage: ``(E, n)``; short lists are filled up with their first entry.
         real: ``(E, n)`` bool, False at what fills up; None where all lists have one length.
     """
 
-    def __init__(self, positions: Sequence[Sequence[int]], device: torch.device):
+    def __init__(
+        self, positions: Sequence[Sequence[int]], device: torch.device, stages: Sequence[Sequence[int]] | None = None
+    ):
         width = max(len(p) for p in positions)
-        self.index = torch.tensor([[*p, *[p[0]] * (width - len(p))] for p in positions], device=device)
+        stages = stages or [[0] * len(p) for p in positions]
+        self.index, self.stage = (
+            torch.tensor([[*p, *[p[0]] * (width - len(p))] for p in each], device=device)
+            for each in (positions, stages)
+        )
         self.real: Tensor | None = None
         if any(len(p) < width for p in positions):
             self.real = torch.tensor([[i < len(p) for i in range(width)] for p in positions], device=device)
@@ -135,6 +142,11 @@ class EditMaps:
         """``w (E, N, r)`` of each edit on the same ``hidden (N, d)``."""
         raise NotImplementedError
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the weighting networks take the stage of a position."""
+        return self.config.reads_tokens
+
     def penalties(self, weights: Mapping[int, Tensor], parallel: DataParallel, device: torch.device) -> Tensor:
         """``(E,)`` locality and balance terms with their coefficients, on ``device``.
 
@@ -184,7 +196,8 @@ class ModuleMaps(EditMaps):
         def change_of(layer: int) -> Callable[[Tensor], Tensor]:
             def change(hidden: Tensor) -> Tensor:
                 x = positions.take(hidden)  # (1, n, d)
-                delta, own = self.modules[layer].update(x[0])
+                stage = positions.stage[0].to(x.device) if self.reads_tokens else None
+                delta, own = self.modules[layer].update(x[0], stage)
                 if layer in self.earlier:
                     delta = delta + self.earlier[layer](x[0])
                 weights[layer] = own.unsqueeze(0)

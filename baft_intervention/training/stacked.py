@@ -108,7 +108,7 @@ class StackedMaps(EditMaps):
             with torch.autocast(hidden.device.type, enabled=False):  # fp32 throughout, as in a BasisWeightedMap
                 x, gates, earlier = self._constant.get(layer) or self._read(layer, hidden, positions)
                 if gates is None:
-                    gates = self.gates(layer, x)
+                    gates = self.gates(layer, x, positions.stage if self.reads_tokens else None)
                 own = self._state[layer]
                 delta = baft_update(x, own["basis"], own["source_weight"], own["source_bias"], gates)
                 weights[layer] = positions.count(gates)
@@ -129,14 +129,17 @@ class StackedMaps(EditMaps):
             self._constant[layer] = found
         return found
 
-    def gates(self, layer: int, hidden: Tensor) -> Tensor:
+    def gates(self, layer: int, hidden: Tensor, stage: Tensor | None = None) -> Tensor:
         """``w (E, n, r)`` of each edit on its own ``hidden (E, n, d)``, or of all on the same ``(n, d)``."""
         own = {n.removeprefix(_WEIGHTING): t for n, t in self._state[layer].items() if n.startswith(_WEIGHTING)}
         network, same = self._networks[layer], hidden.ndim == 2
         if len(self) == 1 or not own:
             only = {n: t[0] for n, t in own.items()}
-            single = functional_call(network, only, (hidden if same else hidden.squeeze(0),))
+            inputs = (hidden if same else hidden.squeeze(0), *(() if stage is None else (stage.squeeze(0),)))
+            single = functional_call(network, only, inputs)
             return single.unsqueeze(0) if single.ndim == 2 else single
+        if stage is not None:
+            return vmap(lambda s, h, n: functional_call(network, s, (h, n)))(own, hidden, stage.to(hidden.device))
         return vmap(lambda s, h: functional_call(network, s, (h,)), in_dims=(0, None if same else 0))(own, hidden)
 
     @torch.no_grad()

@@ -30,6 +30,11 @@ class TrainingRow:
     ending: int = 0
     ending_coefficient: float = 1.0
 
+    @property
+    def stages(self) -> list[int]:
+        """For each edited column, how many of the answer's tokens stand up to it; 0 on the prompt."""
+        return [max(0, column - self.prompt_length + 1) for column in self.positions]
+
     def token_weights(self) -> tuple[list[float], list[float]]:
         """The weight of each label in the row's loss, and its weight in the mean over the target alone."""
         target = len(self.labels) - self.prompt_length - self.ending

@@ -58,9 +58,8 @@ class _BaftModel(EditedModel):
         self.editor = BaftEditor(model, tokenizer, config, bank_texts=bank or None)
         self.editor.prepare()  # the bank is a matter of the model, not of the first edit
         adapter = self.editor.adapter
-        # a gate that reads an early block must see it computed; the block just below may be given, see resume_at
-        hooked = [*adapter.layers, *([] if adapter.read_layer is None else [adapter.read_layer])]
-        self.first_changed_block = min(hooked) + 1
+        # a gate that reads a block must see it computed; the block just below may be given, see resume_at
+        self.first_changed_block = min(adapter.read_layers) + 1
 
     def apply(self, requests: Sequence[EditRequest]) -> EditCost:
         plain = [dataclasses.replace(r, probes=()) for r in requests]  # training sees no probe
