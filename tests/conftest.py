@@ -67,6 +67,23 @@ def no_deprecations() -> Iterator[None]:
     assert handler.texts == [], "transformers says that something is deprecated"
 
 
+@pytest.fixture(autouse=True)
+def quick_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny random model learns nothing from texts: its relation encoder stays as it is built."""
+    from baft_intervention.gates import RelationEncoder
+    from baft_intervention.models.structure import hidden_size
+    from baft_intervention.training import relation_training
+
+    train = relation_training.new_encoder
+
+    def new_encoder(model: Any, tokenizer: Any, layers: Any, **options: Any) -> RelationEncoder:
+        if hidden_size(model) > 128:
+            return train(model, tokenizer, layers, **options)
+        return RelationEncoder().build(hidden_size(model))
+
+    monkeypatch.setattr(relation_training, "new_encoder", new_encoder)
+
+
 @pytest.fixture(params=ARCHS)
 def arch(request: pytest.FixtureRequest) -> str:
     """Each architecture that this version of transformers has."""

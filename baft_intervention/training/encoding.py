@@ -15,6 +15,7 @@ from ..errors import RequestError
 from ..models.chat import chat_marks, render_chat, render_request
 from ..models.tokenization import IGNORE_INDEX, encode_pair
 from ..requests import EditRequest, Message
+from .subjects import with_subject
 from .types import EncodedRequest, TrainingRow
 
 _COPULA = re.compile(r"(?:what|who|which) (is|are|was|were) (.+?)\s*\?", re.IGNORECASE)
@@ -23,10 +24,14 @@ _COPULA = re.compile(r"(?:what|who|which) (is|are|was|were) (.+?)\s*\?", re.IGNO
 def encode_requests(tokenizer: Any, requests: Sequence[EditRequest], config: BaftConfig) -> list[EncodedRequest]:
     """Render each request with the chat template, where it is a conversation, and encode it.
 
+    For a gate that reads tokens, the subject is checked or proposed, see :func:`~.subjects.with_subject`.
+
     Raises:
-        RequestError, PositionError: see :func:`encode_request`.
+        RequestError, PositionError: see :func:`encode_request` and :func:`~.subjects.with_subject`.
     """
     rendered = [render_request(tokenizer, request) for request in requests]
+    if config.reads_tokens:
+        rendered = [with_subject(request) for request in rendered]
     return [EncodedRequest(request, encode_request(tokenizer, request, config)) for request in rendered]
 
 
