@@ -133,8 +133,8 @@ class BaftConfig:
 
     What to change, and when:
 
-    - The edit misses paraphrases: lower the gate's threshold, ``weighting_options={"threshold": 0.5}``.
-    - The edit moves its neighbours: raise the threshold, ``weighting_options={"threshold": 0.7}``.
+    - The edit misses paraphrases: let the gate open more, ``weighting_options={"false_openings": 0.03}``.
+    - The edit moves its neighbours: let it open less, ``weighting_options={"false_openings": 0.003}``.
     - A long target is not reached: edit a lower block, e.g. ``layers=(20,)`` of 30.
     - LoReFT, for comparison: ``weighting="constant", ending=""``.
     - The plainest reading of the paper: ``weighting="linear", locality_coefficient=1.0, ending=""``.

@@ -33,7 +33,8 @@ class FactWeighting(WeightingNetwork):
     answer and others carry it on. ``W (r, d)`` and ``c`` are trained: ``r (d + STAGES)`` parameters.
 
     Args:
-        threshold: of the cosine; higher is stricter, lower more general.
+        false_openings: share of other questions about the same subject at which the gate may open; it decides the threshold,
+            from relations that the encoder was not trained on. Lower is stricter, higher more general.
         initial_weight: ``sigmoid(c)`` at the start, in (0, 1).
         size: k of the encoder.
     """
@@ -46,16 +47,17 @@ class FactWeighting(WeightingNetwork):
     reads_tokens: ClassVar[bool] = True
 
     def __init__(
-        self, embed_dim: int, rank: int, *, threshold: float = 0.6, initial_weight: float = 0.7, size: int = 256
+        self, embed_dim: int, rank: int, *, false_openings: float = 0.01, initial_weight: float = 0.7, size: int = 256
     ):
         super().__init__(embed_dim, rank)
-        if not -1.0 <= threshold < 1.0:
-            raise ConfigError(f"threshold is {threshold}; a cosine's threshold must be in [-1, 1)")
+        if not 0.0 < false_openings < 1.0:
+            raise ConfigError(f"false_openings is {false_openings}; it is a share and must lie strictly between 0 and 1")
         if not 0.0 < initial_weight < 1.0:
             raise ConfigError(f"initial_weight is {initial_weight}; it must lie strictly between 0 and 1")
+        self.false_openings = false_openings
         self.encoder = RelationEncoder()
         self.register_buffer("key", torch.zeros(size))  # 0: closed until initialised
-        self.register_buffer("threshold", torch.tensor(float(threshold)))
+        self.register_buffer("threshold", torch.tensor(1.0))
         self.weight = nn.Parameter(torch.randn(rank, embed_dim) * (_STD / math.sqrt(embed_dim)))
         bias = math.log(initial_weight / (1.0 - initial_weight))
         self.bias = nn.Parameter(torch.full((STAGES, rank), bias))

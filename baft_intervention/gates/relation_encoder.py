@@ -27,11 +27,11 @@ class RelationEncoder(nn.Module):
 
         x_s = blocks of the lower half at token s,          y_t = two late blocks at token t,
         p_t = sum_s softmax_s(a.x_s - lambda (t - s)) V x_s        for each head, over the WINDOW tokens up to t,
-        z_t = norm(W y_t + P p_t + b),
+        [u_t, s_t] = W y_t + P p_t + b,        z_t = u_t / |u_t|,
         q_t(s) = softmax_s(Q y_t . K x_s / sqrt(m) - mu (t - s)),
 
-    ``a`` learns which words matter ("capital", not "the" or a name), ``lambda`` how far back; ``q_t(s)`` is how likely token s
-    ends the name that is asked about. All inputs are standardised and have length ``sqrt(d)``.
+    ``a`` learns which words matter ("capital", not "the" or a name), ``lambda`` how far back. ``s_t`` is the logit that an answer
+    begins behind token t at all, and ``q_t(s)`` how likely token s ends the name that is asked about. All inputs are standardised and have length ``sqrt(d)``.
 
     The encoder is trained once a model, contrastively (``training/relation_training.py``): the same relation asked of other
     subjects in other words must be near, everything else far: other relations, yes-or-no and two-hop questions about this one,
@@ -42,12 +42,13 @@ class RelationEncoder(nn.Module):
     The tensors are empty until :meth:`build` or a saved state gives them a shape.
 
     Attributes:
-        relations: ``(m, k)`` mean directions of the training's relations, the rivals of an edit.
+        relations: ``(m, k)`` mean directions of the training's relations, by which a gate says what a text asks instead.
+        false_openings: ``(n,)`` cosines, ascending, of keys to what they must stay closed to, from relations held out.
     """
 
     _DIMS: ClassVar[dict[str, int]] = {
         "mean": 2, "scale": 2, "value": 3, "salience": 3, "decay": 1, "mix": 2, "look": 3, "bias": 1, "query": 3, "place": 3,
-        "recency": 1, "relations": 2,
+        "recency": 1, "relations": 2, "false_openings": 1,
     }  # fmt: skip
     mean: Tensor
     scale: Tensor
@@ -61,6 +62,7 @@ class RelationEncoder(nn.Module):
     place: Tensor
     recency: Tensor
     relations: Tensor
+    false_openings: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,14 +84,19 @@ class RelationEncoder(nn.Module):
         self.value = uniform(pooled, width, embed_dim, inputs=pooled * embed_dim)
         self.salience = torch.zeros(pooled, heads, embed_dim)
         self.decay = torch.linspace(-4.0, -2.0, heads)  # log lambda
-        self.mix = uniform(size, width, inputs=width)
-        self.look = uniform(late, size, embed_dim, inputs=late * embed_dim)
-        self.bias = torch.zeros(size)
+        self.mix = uniform(size + 1, width, inputs=width)
+        self.look = uniform(late, size + 1, embed_dim, inputs=late * embed_dim)
+        self.bias = torch.zeros(size + 1)
         self.query = uniform(late, pointer, embed_dim, inputs=late * embed_dim)
         self.place = uniform(pooled, pointer, embed_dim, inputs=pooled * embed_dim)
         self.recency = torch.tensor([-4.0])  # log mu
         self.relations = torch.zeros(0, size)
+        self.false_openings = torch.linspace(-1.0, 1.0, 3)
         return self
+
+    def threshold(self, rate: float) -> float:
+        """The cosine that a share ``rate`` of what must stay closed exceeds."""
+        return float(torch.quantile(self.false_openings, 1.0 - rate))
 
     @property
     def pooled(self) -> int:
@@ -106,7 +113,7 @@ class RelationEncoder(nn.Module):
         heads, width, pointer = self.decay.shape[0], self.mix.shape[1], self.query.shape[1]
         wanted = {
             "mean": (pooled + late, embed_dim), "scale": (pooled + late, embed_dim), "value": (pooled, width, embed_dim),
-            "salience": (pooled, heads, embed_dim), "mix": (size, width), "look": (late, size, embed_dim), "bias": (size,),
+            "salience": (pooled, heads, embed_dim), "mix": (size + 1, width), "look": (late, size + 1, embed_dim), "bias": (size + 1,),
             "query": (late, pointer, embed_dim), "place": (pooled, pointer, embed_dim), "recency": (1,),
         }  # fmt: skip
         for name, shape in wanted.items():
@@ -132,15 +139,15 @@ class RelationEncoder(nn.Module):
         return x @ torch.cat([self.salience[number], self.place[number], self.value[number]]).mT
 
     def glance(self, number: int, x: Tensor) -> Tensor:
-        """The token's own part, from block ``number``: ``x (..., d) -> (..., k + m)``; the parts of the late blocks add up."""
+        """The token's own part, from block ``number``: ``x (..., d) -> (..., k + 1 + m)``; the parts of the late blocks add up."""
         late = number - self.pooled
         return x @ torch.cat([self.look[late], self.query[late]]).mT
 
-    def forward(self, glance: Tensor, memory: Tensor, age: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """``z (..., k)`` and ``log q (..., W)`` from the token's own part and the memory of the tokens up to it.
+    def forward(self, glance: Tensor, memory: Tensor, age: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``z (..., k)``, ``s (...)`` and ``log q (..., W)`` from the token's own part and the memory of the tokens up to it.
 
         Args:
-            glance: ``(..., k + m)``, summed over late blocks.
+            glance: ``(..., k + 1 + m)``, summed over late blocks.
             memory: ``(..., W, heads + m + width)``, summed over pooled blocks.
             age: ``(..., W)``, how many tokens ago each was; 0 is the token itself.
             seen: ``(..., W)`` bool, False where there is no token to look at.
@@ -151,9 +158,9 @@ class RelationEncoder(nn.Module):
         logits = salience - self.decay.exp() * age.unsqueeze(-1)  # (..., W, heads)
         weights = logits.masked_fill(~seen.unsqueeze(-1), -1e9).softmax(-2) * seen.unsqueeze(-1)
         pooled = torch.einsum("...wh,...whv->...hv", weights, value.unflatten(-1, (heads, -1))).flatten(-2)
-        z = F.normalize(own + pooled @ self.mix.mT + self.bias, dim=-1)
+        found = own + pooled @ self.mix.mT + self.bias
         asked = (place @ query.unsqueeze(-1)).squeeze(-1) / pointer**0.5 - self.recency.exp() * age
-        return z, asked.masked_fill(~seen, -1e9).log_softmax(-1)
+        return F.normalize(found[..., :-1], dim=-1), found[..., -1], asked.masked_fill(~seen, -1e9).log_softmax(-1)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
         for name in self._DIMS:

@@ -91,6 +91,7 @@ def initialise_keys(
             network = module.weighting
             assert isinstance(network, FactWeighting)
             network.key.copy_(F.normalize(own.mean(0), dim=0))
+            network.threshold.fill_(encoder.threshold(network.false_openings))
 
 
 def initialise_gates(model: nn.Module, tokenizer: Any, layers: Sequence[int], jobs: Sequence[Job], bank: Bank) -> None:

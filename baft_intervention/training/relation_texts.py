@@ -46,6 +46,12 @@ OPENINGS = (
     "After dinner they played cards.",
     "A new bridge is being built.",
 )  # sentences that can stand before a prompt and are unrelated to it
+_BEFORE = (
+    "The morning was cold, and a thin layer of frost lay on the fields.",
+    "I have been thinking about this for a while.",
+    "She closed the book and looked out of the window.",
+    "Thank you for your help yesterday.",
+)
 _AUXILIARY = re.compile(r"\{\} (is|was|are|were|has|had|can|will) (.+)")
 _VERB = re.compile(r"\{\} ([a-z]+[^s])s (.+)")
 
@@ -60,6 +66,7 @@ class RelationText:
         near: number of a relation that the text is about without asking for its object; -1 if there is none.
         subject: the entity that is asked about, as it stands in the text; empty for a text without one.
         running: whether the text is running prose, none of whose tokens asks for anything.
+        closed: whether it wants yes or no, or nothing in particular: no name begins an answer to it.
     """
 
     text: str
@@ -67,6 +74,7 @@ class RelationText:
     near: int = -1
     subject: str = ""
     running: bool = False
+    closed: bool = False
 
 
 @functools.cache
@@ -108,7 +116,7 @@ class _Writer:
             for k in range(8):
                 name = self.random.choice(self.everyone)
                 text = _sentence(form, name)
-                yield RelationText(self.chat(text) if self.chat and k % 2 else text, subject=name)
+                yield RelationText(self.chat(text) if self.chat and k % 2 else text, subject=name, closed=True)
         for k, line in enumerate(RUNNING_TEXTS.read_text(encoding="utf-8").splitlines()):
             name, text = line.split("\t")
             if self.chat and k % 2:
@@ -129,7 +137,7 @@ class _Writer:
             name = self.subject(relation)
             yield RelationText(f"Q: {_sentence(form, name)}\nA:", number, subject=name)
         name = self.subject(relation)
-        yield RelationText(f"{self.random.choice(OPENINGS)} {_sentence(questions[-1], name)}", number, subject=name)
+        yield RelationText(f"{self.random.choice(_BEFORE)} {_sentence(questions[-1], name)}", number, subject=name)
         name = self.subject(relation)
         yield RelationText(f"{self.said()} {_sentence(statements[-1], name)}", number, subject=name)
         if self.chat is None:
@@ -167,7 +175,7 @@ class _Writer:
         self.random.shuffle(closed)
         for k, form in enumerate(closed[:4]):
             text = form.replace("{}", name)
-            yield RelationText(self.chat(text) if self.chat and k == 0 else text, near=number, subject=name)
+            yield RelationText(self.chat(text) if self.chat and k == 0 else text, near=number, subject=name, closed=True)
         for k in range(4):
             other = self.random.choice(self.relations)
             outer, inner = (relation, other) if k == 0 else (other, relation)

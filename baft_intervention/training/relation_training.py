@@ -39,6 +39,7 @@ _FORMAT = 1  # raise it when texts or training change: encoders are then trained
 _MOST_TOKENS = 160  # of a text; a longer one is cut off
 _MOST_NUMBERS = 1.5e9  # of all tokens' states; of a wider model fewer relations are read
 STEPS = 800
+HELD_OUT = 12  # one relation in so many takes no part in the training, and calibrates
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def encode_rows(
         memory = torch.stack([encoder.memory(n, x[n]) for n in range(encoder.pooled)]).sum(0).flip(0)[:WINDOW]
         glance = torch.stack([encoder.glance(n, x[n][-1]) for n in range(encoder.pooled, len(layers))]).sum(0)
         age = torch.arange(len(memory))
-        z, _ = encoder(glance, memory, age.float(), age < len(rows[i]) - 1)
+        z, _, _ = encoder(glance, memory, age.float(), age < len(rows[i]) - 1)
         directions.append(z)
     return torch.stack(directions)
 
@@ -197,8 +198,8 @@ def _store(path: Path, state: dict[str, Tensor]) -> None:
 
 def encode_at(
     encoder: RelationEncoder, read: ReadTexts, index: Tensor, rows: Tensor, columns: Tensor, *, dropout: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """``z (P, k)`` and ``log q (P, W)`` at the tokens ``columns (P,)`` of the texts ``index[rows]``."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``z (P, k)``, ``s (P,)`` and ``log q (P, W)`` at the tokens ``columns (P,)`` of the texts ``index[rows]``."""
     lengths, begins = read.lengths[index], read.begins[index]
     own = lengths.cumsum(0) - lengths  # where each text begins among those that are read here
     flat = torch.arange(int(lengths.sum())) - (own - begins).repeat_interleave(lengths)
@@ -220,7 +221,7 @@ def train_encoder(
     wordings: int = 6,
     learning_rate: float = 2e-3,
     temperature: float = 0.07,
-    negative_weight: float = 2.0,
+    negative_weight: float = 1.0,
     dropout: float = 0.1,
     seed: int = 0,
     done: Callable[[int], object] = lambda steps: None,
@@ -230,12 +231,13 @@ def train_encoder(
     A step takes some wordings of some relations and minimises the supervised contrastive loss (Khosla et al. 2020, arXiv
     2004.11362) of the directions at their last tokens, with further negatives: the tokens just before the last ones and at
     random inside, the texts that nearly ask for these relations, general questions, and tokens of running texts. Beside it
-    stands the cross-entropy of the subject's place.
+    stand the cross-entropies of whether an answer begins and of the subject's place.
     """
     generator = torch.Generator().manual_seed(seed)
     label = torch.tensor([text.relation for text in read.texts])
     near = torch.tensor([text.near for text in read.texts])
     running = torch.tensor([text.running for text in read.texts])
+    closed = torch.tensor([text.closed for text in read.texts])
     count = int(label.max()) + 1
     own = [(label == r).nonzero().flatten() for r in range(count)]
     nearly = [(near == r).nonzero().flatten() for r in range(count)]
@@ -254,9 +256,9 @@ def train_encoder(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, total_steps=steps, pct_start=0.15)
     losses = []
     for _ in range(steps):
-        chosen = torch.randperm(count, generator=generator)[:relations].tolist()
+        chosen = some(chosen_from, relations).tolist()
         asked = torch.cat([some(own[r], wordings) for r in chosen])
-        others = torch.cat([*(some(nearly[r], 4) for r in chosen), some(general, 16)])
+        others = torch.cat([*(some(nearly[r], 3) for r in chosen), some(general, 16)])
         texts = some(prose, 12)
         index = torch.cat([asked, others, texts])
         n, ends = len(asked), len(asked) + len(others)
@@ -267,8 +269,17 @@ def train_encoder(
         along = 1 + (torch.rand(len(texts) * 8, generator=generator) * (last[ends:].repeat(8) - 1)).long()
         rows = torch.cat([torch.arange(ends), torch.arange(n).repeat(5), torch.arange(ends, len(index)).repeat(8)])
         columns = torch.cat([last[:ends], before, inside, along])
-        z, places = encode_at(encoder, read, index, rows, columns, dropout=dropout)
-        loss = _contrast(z[:n], z[n:], label[asked], temperature, negative_weight)
+        z, begins, places = encode_at(encoder, read, index, rows, columns, dropout=dropout)
+        # near texts, general ones, one inner token of each text, prose: the others teach only where no answer begins
+        apart = torch.cat([z[n:ends], z[-n - len(along) : -len(along)], z[-len(along) :: 2]])
+        loss = _contrast(z[:n], apart, label[asked], temperature, negative_weight)
+        answers = (torch.arange(len(z)) < n).float()
+        answers[n:ends] = torch.nan  # a question with one more hop has an answer too
+        answers[n:ends][closed[others]] = 0.0
+        known = ~answers.isnan()
+        weight = torch.where(answers[known] > 0, float((~known | (answers == 0)).sum() / n), 1.0)
+        slots = F.binary_cross_entropy_with_logits(begins[known], answers[known], weight, reduction="sum") / weight.sum()
+        loss = loss + slots
         subject = read.subject[index[:ends]]
         age = last[:ends] - subject
         known = (subject > 0) & (age < places.shape[1])
@@ -283,7 +294,33 @@ def train_encoder(
     for tensor in trained:
         tensor.requires_grad_(False)
     encoder.relations = relation_means(encoder, read, own)
+    encoder.false_openings = false_openings(encoder, read, own[::HELD_OUT], nearly[::HELD_OUT], general)
     return losses
+
+
+@torch.no_grad()
+def false_openings(
+    encoder: RelationEncoder, read: ReadTexts, own: Sequence[Tensor], nearly: Sequence[Tensor], general: Tensor
+) -> Tensor:
+    """``(m,)`` cosines, ascending, of what must stay closed: a sample from relations that took no part in the training.
+
+    The key of a relation is the mean direction of two of its texts, as an edit's is of its forms. Against it stand the texts that
+    ask for another relation, that nearly ask for this one, and general questions: an even share of each.
+    """
+
+    def directions(index: Tensor) -> Tensor:
+        return encode_at(encoder, read, index, torch.arange(len(index)), read.lengths[index] - 1)[0]
+
+    asked, close, plain = [directions(i) for i in own], [directions(i) for i in nearly], directions(general)
+    others = torch.cat(asked)
+    owner = torch.arange(len(own)).repeat_interleave(torch.tensor([len(z) for z in asked]))
+    found = []
+    for r, (z, near) in enumerate(zip(asked, close, strict=True)):
+        for pair in z[: len(z) // 2 * 2].view(-1, 2, z.shape[-1]):
+            key = F.normalize(pair.mean(0), dim=0)
+            even = lambda values, k=16: values[torch.linspace(0, len(values) - 1, k).long()]  # noqa: E731
+            found += [even(others[owner != r] @ key), even(near @ key), even(plain @ key)]
+    return torch.cat(found).sort().values
 
 
 def _contrast(z: Tensor, others: Tensor, label: Tensor, temperature: float, weight: float) -> Tensor:
@@ -300,6 +337,6 @@ def relation_means(encoder: RelationEncoder, read: ReadTexts, own: Sequence[Tens
     """``(m, k)`` the mean direction of each relation's texts."""
     means = []
     for index in own:
-        z, _ = encode_at(encoder, read, index, torch.arange(len(index)), read.lengths[index] - 1)
+        z, _, _ = encode_at(encoder, read, index, torch.arange(len(index)), read.lengths[index] - 1)
         means.append(F.normalize(z.mean(0), dim=0))
     return torch.stack(means)
