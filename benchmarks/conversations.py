@@ -31,7 +31,9 @@ from baft_intervention.evaluation.edited import EditedModel
 from baft_intervention.evaluation.methods import load_method
 from baft_intervention.models.chat import render_chat
 
-Turn = tuple[str, str | None, bool]  # the user's message, the assistant's reply if the script gives it, whether it asks the fact
+Turn = tuple[
+    str, str | None, bool
+]  # the user's message, the assistant's reply if the script gives it, whether it asks the fact
 
 
 def dialogues(fact: Mapping[str, str]) -> dict[str, list[Turn]]:
@@ -91,7 +93,10 @@ def run(method: str, facts: Sequence[Mapping[str, str]], args: argparse.Namespac
         said = {name: replies(edited, script, args.tokens) for name, script in dialogues(fact).items()}
         new = {name: [fact["object"].casefold() in r.casefold() for r in found] for name, found in said.items()}
         first = {name: [names(r, fact["object"]) for r in found] for name, found in said.items()}
-        stale = {name: [r.startswith(old[:20]) and not n for r, n in zip(said[name], new[name], strict=True)] for name in said}
+        stale = {
+            name: [r.startswith(old[:20]) and not n for r, n in zip(said[name], new[name], strict=True)]
+            for name in said
+        }
         result = {
             "question": fact["question"], "target": fact["object"], "form": FORMS[i % len(FORMS)], "said": said, "new": new,
             "first": first, "old": stale,
@@ -121,14 +126,18 @@ def table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     for name in [*names_, "all"]:
         cell = (cells[method, name] for method in results)
         lines.append(
-            f"| {name} | " + " | ".join(f"{share(c['new'])} / {share(c['first'])} ({share(c['old'])})" for c in cell) + " |"
+            f"| {name} | "
+            + " | ".join(f"{share(c['new'])} / {share(c['first'])} ({share(c['old'])})" for c in cell)
+            + " |"
         )
     return lines
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, default=HERE.parents[1] / "shared" / "data", help="holds hallueditbench/")
+    parser.add_argument(
+        "--data-dir", type=Path, default=HERE.parents[1] / "shared" / "data", help="holds hallueditbench/"
+    )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--methods", default="baft", help="names of files in benchmarks/methods, with commas between")
     parser.add_argument("--part", choices=("validation", "test"), default="test", help="default: test")

@@ -3,8 +3,8 @@
     python benchmarks/longform.py --methods loreft,baft --n 60 --out benchmarks/results/longform
 
 The facts are CounterFact's (--part validation: counterfact-val.json; test: counterfact.json), edited one by one. The model
-continues two of the record's generation prompts, which the test file alone has, and answers "Write a short description of S." and "Tell me about S."
-in chat, 64 tokens each, greedily. Counted, in percent of texts: names the new answer; names the old one;
+continues two of the record's generation prompts, which the test file alone has, and answers "Write a short description of S."
+and "Tell me about S." in chat, 64 tokens each, greedily. Counted, in percent of texts: names the new answer; names the old one;
 is the unedited text word for word up to the place where the new answer stands (or to its end). "repeats" is the share of
 3-grams that occurred before in the same text, minus the unedited text's. Finished facts are kept, so that the same command
 resumes a run.
@@ -134,7 +134,9 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     facts = read_facts(args.data_dir, args.part, args.n, args.seed)
     results = {method: run(method, facts, args) for method in args.methods.split(",")}
-    text = "\n".join([f"{args.model}, {len(facts)} facts of the {args.part} part, percent of texts", "", *table(results), ""])
+    text = "\n".join(
+        [f"{args.model}, {len(facts)} facts of the {args.part} part, percent of texts", "", *table(results), ""]
+    )
     (args.out / "longform.md").write_text(text, encoding="utf-8")
     print(text)
     return 0

@@ -138,6 +138,11 @@ class BaftEditor(PersistentEdits):
         if self._store is not None and self._store.log_bytes > 2 * self.adapter.stored_bytes() + _SLACK:
             self.compact()
         for edit in done:
+            if self.config.reads_tokens and not all(request.subject for request in edit.requests):
+                logger.warning(
+                    "%s: no subject is given and the prompt has no name; the edit acts wherever a text asks this, whatever it is "
+                    "about; give subject=", edit.requests[0].where,
+                )  # fmt: skip
             if not edit.reached:
                 logger.warning(
                     "%s: after %d steps the model does not produce the whole target (loss %.3f); %s",

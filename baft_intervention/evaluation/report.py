@@ -106,7 +106,18 @@ _COSTS = {
     "score_seconds_per_record": "s scoring", "generate_seconds_per_record": "s generating",
     "trained_parameters": "trained parameters", "adapter_bytes": "adapter bytes", "peak_memory_mib": "peak MiB",
 }  # fmt: skip
-_COLOURS = "#0072b2 #d55e00 #009e73 #cc79a7 #56b4e9 #e69f00 #000000 #999999 #7b3294 #a6611a".split()
+_COLOURS = [
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#56b4e9",
+    "#e69f00",
+    "#000000",
+    "#999999",
+    "#7b3294",
+    "#a6611a",
+]
 _MARKERS = "osD^vPX*<>"
 
 

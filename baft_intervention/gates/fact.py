@@ -51,7 +51,9 @@ class FactWeighting(WeightingNetwork):
     ):
         super().__init__(embed_dim, rank)
         if not 0.0 < false_openings < 1.0:
-            raise ConfigError(f"false_openings is {false_openings}; it is a share and must lie strictly between 0 and 1")
+            raise ConfigError(
+                f"false_openings is {false_openings}; it is a share and must lie strictly between 0 and 1"
+            )
         if not 0.0 < initial_weight < 1.0:
             raise ConfigError(f"initial_weight is {initial_weight}; it must lie strictly between 0 and 1")
         self.false_openings = false_openings

@@ -31,7 +31,8 @@ class RelationEncoder(nn.Module):
         q_t(s) = softmax_s(Q y_t . K x_s / sqrt(m) - mu (t - s)),
 
     ``a`` learns which words matter ("capital", not "the" or a name), ``lambda`` how far back. ``s_t`` is the logit that an answer
-    begins behind token t at all, and ``q_t(s)`` how likely token s ends the name that is asked about. All inputs are standardised and have length ``sqrt(d)``.
+    begins behind token t at all, and ``q_t(s)`` how likely token s ends the name that is asked about. All inputs are
+    standardised and have length ``sqrt(d)``.
 
     The encoder is trained once a model, contrastively (``training/relation_training.py``): the same relation asked of other
     subjects in other words must be near, everything else far: other relations, yes-or-no and two-hop questions about this one,
@@ -44,11 +45,12 @@ class RelationEncoder(nn.Module):
     Attributes:
         relations: ``(m, k)`` mean directions of the training's relations, by which a gate says what a text asks instead.
         false_openings: ``(n,)`` cosines, ascending, of keys to what they must stay closed to, from relations held out.
+        least: ``(1,)`` the smallest ``s`` at which an answer is taken to begin: two in a hundred of theirs are below it.
     """
 
     _DIMS: ClassVar[dict[str, int]] = {
         "mean": 2, "scale": 2, "value": 3, "salience": 3, "decay": 1, "mix": 2, "look": 3, "bias": 1, "query": 3, "place": 3,
-        "recency": 1, "relations": 2, "false_openings": 1,
+        "recency": 1, "relations": 2, "false_openings": 1, "least": 1,
     }  # fmt: skip
     mean: Tensor
     scale: Tensor
@@ -63,6 +65,7 @@ class RelationEncoder(nn.Module):
     recency: Tensor
     relations: Tensor
     false_openings: Tensor
+    least: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,6 +95,7 @@ class RelationEncoder(nn.Module):
         self.recency = torch.tensor([-4.0])  # log mu
         self.relations = torch.zeros(0, size)
         self.false_openings = torch.linspace(-1.0, 1.0, 3)
+        self.least = torch.tensor([-1e9])
         return self
 
     def threshold(self, rate: float) -> float:
@@ -113,7 +117,8 @@ class RelationEncoder(nn.Module):
         heads, width, pointer = self.decay.shape[0], self.mix.shape[1], self.query.shape[1]
         wanted = {
             "mean": (pooled + late, embed_dim), "scale": (pooled + late, embed_dim), "value": (pooled, width, embed_dim),
-            "salience": (pooled, heads, embed_dim), "mix": (size + 1, width), "look": (late, size + 1, embed_dim), "bias": (size + 1,),
+            "salience": (pooled, heads, embed_dim), "mix": (size + 1, width),
+            "look": (late, size + 1, embed_dim), "bias": (size + 1,),
             "query": (late, pointer, embed_dim), "place": (pooled, pointer, embed_dim), "recency": (1,),
         }  # fmt: skip
         for name, shape in wanted.items():

@@ -85,7 +85,7 @@ class Reading:
         self.fires = [list(own) for own in before.fires] if before is not None else [[] for _ in range(len(ids))]
         self.candidates: list[Candidate] = []
         self.memory: Tensor | None = None  # (B, T, heads + m + width), summed over the pooled blocks so far
-        self.glances: Tensor | None = None  # (N, k + m) of the candidates, summed over the late blocks so far
+        self.glances: Tensor | None = None  # (N, k + 1 + m) of the candidates, summed over the late blocks so far
         self.actions: list[Action] | None = None  # once decided
 
     def row(self, number: int) -> tuple[list[int], list[int], int]:
@@ -193,8 +193,8 @@ class CausalGate:
             part = encoder.glance(number, encoder.standardised(number, hidden[rows, columns]))
             reading.glances = part if reading.glances is None else reading.glances + part
 
-    def relations(self, reading: Reading) -> tuple[Tensor, Tensor]:
-        """``z (N, k)`` of the candidates, and ``log q (N, W)`` of the tokens before them."""
+    def relations(self, reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
+        """``z (N, k)``, ``s (N,)`` and ``log q (N, W)`` of the candidates, see :meth:`RelationEncoder.forward`."""
         assert reading.glances is not None
         rows = torch.tensor([c.row for c in reading.candidates])
         columns = torch.tensor([c.column for c in reading.candidates]) + reading.past
@@ -205,18 +205,19 @@ class CausalGate:
             at = rows[piece].unsqueeze(1).to(memory.device), where[piece].to(memory.device)
             glance = reading.glances[piece.to(memory.device)]
             found.append(self.encoder(glance, memory[at], age[piece].to(memory), seen[piece].to(memory.device)))
-        z, asked = zip(*found, strict=True)
-        return torch.cat(z), torch.cat(asked)
+        z, begins, asked = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return z, begins, asked
 
     def decide(self, reading: Reading) -> list[Action]:
         """Where edits act among the call's tokens."""
         opened: dict[tuple[int, int], tuple[str, float]] = {}
         if reading.candidates:
-            z, asked = self.relations(reading)
-            opened = self._opened(reading, z, asked)
+            opened = self._opened(reading, *self.relations(reading))
         return self._actions(reading, opened)
 
-    def _opened(self, reading: Reading, z: Tensor, asked: Tensor) -> dict[tuple[int, int], tuple[str, float]]:
+    def _opened(
+        self, reading: Reading, z: Tensor, begins: Tensor, asked: Tensor
+    ) -> dict[tuple[int, int], tuple[str, float]]:
         """``(row, place) -> (edit, score)``: the open gate of the largest score at each candidate that has one."""
         keys, thresholds = self.weighting.state["key"], self.weighting.state["threshold"]
         tokens, edits, spans = [], [], []
@@ -242,13 +243,14 @@ class CausalGate:
             far = torch.tensor([s[1] for s in spans]).unsqueeze(1)
             inside = ((ages >= near) & (ages <= far)).to(z.device)  # (pairs, W)
             place = asked[t].masked_fill(~inside, -torch.inf).logsumexp(-1)
-            scores = torch.where(place > _ASKED, scores, -1.0)
+            scores = torch.where((place > _ASKED) & (begins >= self.encoder.least)[t], scores, -1.0)
             for pair, score in enumerate(scores.tolist()):
                 if score > 0:
                     offer(tokens[pair], edits[pair], score)
         if self._everywhere:
             index = torch.tensor([self._places[edit] for edit in self._everywhere], device=z.device)
             scores, winner = (z @ keys[index].mT - thresholds[index]).max(-1)
+            scores = torch.where(begins >= self.encoder.least, scores, -1.0)
             for token, (score, edit) in enumerate(zip(scores.tolist(), index[winner].tolist(), strict=True)):
                 if score > 0:
                     offer(token, edit, score)

@@ -21,7 +21,7 @@ def surface_forms(subject: str) -> list[str]:
     plain = "".join(c for c in unicodedata.normalize("NFKD", bare) if not unicodedata.combining(c))
     forms.append(plain)
     if len(bare) > 3:  # "US" is no "us", and "May" no "may"
-        forms += [form for form in (bare.lower(), plain.lower(), bare.upper(), bare[0].upper() + bare[1:])]
+        forms += [bare.lower(), plain.lower(), bare.upper(), bare[0].upper() + bare[1:]]
         if bare == bare.lower() or bare == bare.upper():
             forms.append(bare.title())
     return list(dict.fromkeys(forms))

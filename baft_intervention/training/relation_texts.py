@@ -175,7 +175,9 @@ class _Writer:
         self.random.shuffle(closed)
         for k, form in enumerate(closed[:4]):
             text = form.replace("{}", name)
-            yield RelationText(self.chat(text) if self.chat and k == 0 else text, near=number, subject=name, closed=True)
+            yield RelationText(
+                self.chat(text) if self.chat and k == 0 else text, near=number, subject=name, closed=True
+            )
         for k in range(4):
             other = self.random.choice(self.relations)
             outer, inner = (relation, other) if k == 0 else (other, relation)

@@ -247,6 +247,7 @@ def train_encoder(
     def some(pool: Tensor, number: int) -> Tensor:
         return pool[torch.randperm(len(pool), generator=generator)[:number]]
 
+    taught = torch.tensor([r for r in range(count) if r % HELD_OUT])  # the others calibrate
     trained = [
         getattr(encoder, n) for n in ("value", "salience", "decay", "mix", "look", "bias", "query", "place", "recency")
     ]
@@ -256,7 +257,7 @@ def train_encoder(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, total_steps=steps, pct_start=0.15)
     losses = []
     for _ in range(steps):
-        chosen = some(chosen_from, relations).tolist()
+        chosen = some(taught, relations).tolist()
         asked = torch.cat([some(own[r], wordings) for r in chosen])
         others = torch.cat([*(some(nearly[r], 3) for r in chosen), some(general, 16)])
         texts = some(prose, 12)
@@ -278,7 +279,9 @@ def train_encoder(
         answers[n:ends][closed[others]] = 0.0
         known = ~answers.isnan()
         weight = torch.where(answers[known] > 0, float((~known | (answers == 0)).sum() / n), 1.0)
-        slots = F.binary_cross_entropy_with_logits(begins[known], answers[known], weight, reduction="sum") / weight.sum()
+        slots = (
+            F.binary_cross_entropy_with_logits(begins[known], answers[known], weight, reduction="sum") / weight.sum()
+        )
         loss = loss + slots
         subject = read.subject[index[:ends]]
         age = last[:ends] - subject
@@ -294,6 +297,9 @@ def train_encoder(
     for tensor in trained:
         tensor.requires_grad_(False)
     encoder.relations = relation_means(encoder, read, own)
+    held_out = torch.cat(own[::HELD_OUT])
+    ends = encode_at(encoder, read, held_out, torch.arange(len(held_out)), read.lengths[held_out] - 1)[1]
+    encoder.least = torch.quantile(ends.detach(), 0.02).reshape(1)
     encoder.false_openings = false_openings(encoder, read, own[::HELD_OUT], nearly[::HELD_OUT], general)
     return losses
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from ...config import BaftConfig
 from ...editor.editor import BaftEditor
-from ...errors import ConfigError
+from ...errors import ConfigError, RequestError
 from ...requests import EditRequest
+from ...training.subjects import with_subject
 from ..edited import EditCost, EditedModel
 from .base import Method, as_edit_error, register_method
 
@@ -52,6 +53,14 @@ class BaftLinear(Baft):
     )
 
 
+def _editable(request: EditRequest) -> EditRequest:
+    """The request, without its subject where a data set gives one that is not in the prompt."""
+    try:
+        return with_subject(request)
+    except RequestError:
+        return with_subject(dataclasses.replace(request, subject=None))
+
+
 class _BaftModel(EditedModel):
     def __init__(self, config: BaftConfig, model: Any, tokenizer: Any, bank: Sequence[str] = ()) -> None:
         super().__init__(model, tokenizer)
@@ -62,7 +71,7 @@ class _BaftModel(EditedModel):
         self.first_changed_block = min(adapter.read_layers) + 1
 
     def apply(self, requests: Sequence[EditRequest]) -> EditCost:
-        plain = [dataclasses.replace(r, probes=()) for r in requests]  # training sees no probe
+        plain = [_editable(dataclasses.replace(r, probes=())) for r in requests]  # training sees no probe
         adapter = self.editor.adapter
         try:
             report = self.editor.edit(plain)
