@@ -27,12 +27,11 @@ from torch import Tensor
 
 from ..editor.editor import BaftEditor
 from ..errors import ConfigError, EditError
-from ..models.tokenization import IGNORE_INDEX, encode_pair, pad_rows, pad_token_id
+from ..models.tokenization import IGNORE_INDEX, encode_pair, encode_prompt, pad_rows, pad_token_id
 from ..requests import EditRequest
 from ..runtime.call_state import hook_block
 from ..training.encoding import encode_request
-from .inspection import basis_weights, read_prompt, subject_scores_of
-from .tension import Tension, edit_coordinates, least_leak, read_rows, read_texts, tension, the_layer
+from .tension import Tension, edit_coordinates, edit_weights, least_leak, read_rows, read_texts, tension, the_layer
 
 __all__ = [
     "BatchedEditing",
@@ -97,8 +96,9 @@ def redundant_dimensions(editor: BaftEditor) -> RedundantDimensions:
     for edit in editor.edits:
         for request in edit.requests:
             row = encode_request(editor.tokenizer, request, editor.config)
-            read = read_rows(editor, [row.ids[: row.prompt_length]], [row.positions])
-            coordinates = edit_coordinates(editor, edit, read)  # (P, r)
+            read = read_rows(editor, [row.ids], [row.positions])
+            stages = torch.arange(len(row.positions)) if editor.config.reads_tokens else None  # as it was trained
+            coordinates = edit_coordinates(editor, edit, read, stages)  # (P, r)
             size = torch.linalg.vector_norm(coordinates, dim=0)  # (r,)
             order = size.argsort(descending=True)
             steps = coordinates[:, order, None] * edit.tensors[layer]["rotation"][order]  # (P, r, d)
@@ -150,6 +150,8 @@ def weights_by_position(
 ) -> WeightsByPosition:
     """Figure 2: how much each basis acts, or would act, at the last tokens of prompts.
 
+    With the default gate, a weight is 0 where the gate of its edit alone is closed.
+
     Args:
         editor: with at least one edit, on one layer.
         groups: ``name -> [(id of an edit, prompt)]``: whose weights, on what.
@@ -159,20 +161,18 @@ def weights_by_position(
         EditError: there is no edit, or none of a given id.
         ConfigError: more than one edited layer.
     """
-    layer = _layer_of_edits(editor)
-    index = {edit.id: i for i, edit in enumerate(editor.edits)}
-    seen: dict[str, Tensor] = {}
+    _layer_of_edits(editor)
     weight, count = {}, {}
     for name, pairs in groups.items():
         total, n = torch.zeros(width, editor.config.rank), torch.zeros(width)
         for edit_id, prompt in pairs:
-            if edit_id not in index:
-                raise EditError(f"no edit is called {edit_id!r}; there are {', '.join(map(repr, index))}")
-            if prompt not in seen:
-                _, found = read_prompt(editor, prompt)
-                subject_score = subject_scores_of(editor.adapter, layer, found)
-                seen[prompt] = basis_weights(editor.adapter, layer, found[layer], subject_score).cpu()  # (E, T, r)
-            last = seen[prompt][index[edit_id]][-width:]  # (<= width, r)
+            edit = editor.adapter.find(edit_id)
+            if edit is None:
+                raise EditError(
+                    f"no edit is called {edit_id!r}; there are {', '.join(repr(e.id) for e in editor.edits)}"
+                )
+            ids = encode_prompt(editor.tokenizer, prompt)
+            last = edit_weights(editor, edit, read_rows(editor, [ids], [range(len(ids))]))[-width:]  # (<= width, r)
             total[width - len(last) :] += last
             n[width - len(last) :] += 1
         weight[name] = _nested(total / n.clamp(min=1)[:, None])

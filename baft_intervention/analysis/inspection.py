@@ -1,9 +1,9 @@
-"""Why an edit fired or not: the weight of each basis at each token of a prompt, and what the weighting network saw.
+"""Why an edit acts on a text or not: where, with which weights, and what its gate found there.
 
     found = inspect_prompt(editor, "The currency of Japan is the")
-    print(found.edits[0].reason)    # does not act: relation 0.18 against 0.61 of its nearest rival; …
+    print(found.edits[0].reason)    # does not act: the text asks something else (at ' the' 0.21 of 0.60 needed, …)
 
-Nothing is guessed: the prompt is run as :meth:`BaftEditor.generate` would run it, and the numbers are those from which the
+Nothing is guessed: the text is run as :meth:`BaftEditor.generate` would run it, and the numbers are those from which the
 adapter computes the update.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,30 +21,34 @@ from torch import Tensor
 from ..editor.editor import BaftEditor
 from ..errors import EditError, RequestError
 from ..gates import WeightingNetwork
-from ..models.structure import compute_device
-from ..models.tokenization import encode_prompt
+from ..gates.relation_encoder import read_layers
+from ..models.chat import render_chat
+from ..models.structure import compute_device, context_length
+from ..models.tokenization import encode_prompt, pad_token_id
 from ..runtime.adapter import BaftAdapter, Edit
+from ..runtime.causal_gate import Action, CausalGate, Reading
 from ..runtime.edit_stack import MAP_TENSORS
-
-_NO_RIVAL = -1.5  # `similarities` gives -2 where nothing competes; a cosine is at least -1
+from ..training.relation_texts import relations
 
 
 @dataclass(frozen=True)
 class EditView:
-    """One edit on one prompt, at one layer.
+    """One edit on one text, at one layer.
 
     Args:
         id, prompt, target: of the edit (the first request's, where it has several).
         layer: the edited block.
-        weights: ``(T, r)``, the weight that each basis has, or would have, at each token.
+        weights: ``(T, r)``, the weight of each basis at each token. For the default gate 0 where the edit does not act; for a
+            gate that acts at positions, the weight that the basis would have there.
         acts: indices of the tokens at which the edit's update is added.
-        subject: the best token's subject score that the prompt names the edit's subject, above 0 where it does (a cosine less its
-            threshold); None where the network does not ask, or the edit has no subject.
-        subject_token: index of that token.
-        relation: similarity to what the edit asks, at the edited token that fits best; None where the network does not tell.
-        rival: similarity to the nearest other relation there, or to the edit's own sentence with another relation in it where the
-            prompt is in these words; None where none competes.
-        match: how well that token fits the edit, above 0 where it is taken to be the edit's; None for a network without.
+        stages: for each of them, how many tokens of its answer the edit has said before; 0 where the answer begins.
+        token: index of the token that fits the edit best, behind a mention of its subject or at an edited position; None where
+            there is none.
+        subject: indices of the first and last token of the last mention of its subject before ``token``; None without.
+        score: how well ``token`` fits: the default gate's ``z . key``, another gate's match; None for a network without.
+        threshold: what the score must exceed.
+        asked: how likely the text at ``token`` asks about this subject rather than another one; None where nobody asks that.
+        relation: name of the known relation that is nearest to what the text asks at ``token``; None without the default gate.
         reason: one line for people.
     """
 
@@ -54,22 +58,25 @@ class EditView:
     layer: int
     weights: tuple[tuple[float, ...], ...]
     acts: tuple[int, ...]
-    subject: float | None
-    subject_token: int | None
-    relation: float | None
-    rival: float | None
-    match: float | None
+    stages: tuple[int, ...]
+    token: int | None
+    subject: tuple[int, int] | None
+    score: float | None
+    threshold: float | None
+    asked: float | None
+    relation: str | None
     reason: str
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What the edits of an adapter make of a prompt.
+    """What the edits of an adapter make of a text.
 
     Args:
-        prompt: the text.
-        tokens: ``(T,)`` texts of its tokens.
-        positions: indices of the tokens that the adapter's rule edits.
+        prompt: the text that was given.
+        tokens: ``(T,)`` texts of its tokens and of the generated ones.
+        prompt_length: how many of them were given.
+        positions: indices of the tokens that the adapter's rule edits; empty where the gate decides.
         edits: views, those that act first, then by how well they fit; at most ``top`` a layer.
         total: how many edits the adapter has.
         acting: ids of all edits that act, shown or not.
@@ -77,6 +84,7 @@ class Inspection:
 
     prompt: str
     tokens: tuple[str, ...]
+    prompt_length: int
     positions: tuple[int, ...]
     edits: tuple[EditView, ...]
     total: int
@@ -84,52 +92,77 @@ class Inspection:
 
 
 @torch.no_grad()
-def inspect_prompt(editor: BaftEditor, prompt: str, *, top: int = 3) -> Inspection:
-    """Look at one prompt through every edit.
+def inspect_prompt(
+    editor: BaftEditor, prompt: str | Sequence[Mapping[str, str]], *, top: int = 3, generate: int = 0
+) -> Inspection:
+    """Look at one text through every edit.
 
     Args:
         editor: with at least one edit; it is left as it was.
-        prompt: the text, as it would be given to :meth:`BaftEditor.generate`.
+        prompt: a text or a conversation, as it would be given to :meth:`BaftEditor.generate`.
         top: how many edits a layer to show; those that act come first.
+        generate: let the edited model continue by so many tokens, and look at these too.
 
     Raises:
         EditError: there is no edit.
-        RequestError: an empty prompt, or ``top`` below 1.
+        RequestError: an empty prompt, one too long for the model, ``top`` below 1 or ``generate`` below 0.
     """
     adapter = editor.adapter
     if not adapter.edits:
         raise EditError("there is no edit to inspect; make one with baft edit, or editor.edit(...)")
-    if not prompt.strip():
-        raise RequestError(f"the prompt {prompt!r} is empty; give some text")
-    if top < 1:
-        raise RequestError(f"top is {top}; it must be at least 1")
-    ids, seen = read_prompt(editor, prompt)
-    positions = _edited_positions(adapter, ids)
-    views: list[EditView] = []
-    acting: list[str] = []
-    for layer in adapter.layers:
-        subject_score = subject_scores_of(adapter, layer, seen)
-        acts, match = _acts_and_match(adapter, layer, seen[layer], positions, subject_score)
-        acting += [edit.id for edit, where in zip(adapter.edits, acts, strict=True) if where and edit.id not in acting]
-        fit = match.amax(1) if match.numel() else torch.zeros(len(adapter.edits))
-        order = sorted(range(len(adapter.edits)), key=lambda e: (not acts[e], -float(fit[e])))
-        shown = torch.tensor(order[:top])
-        weights = basis_weights(adapter, layer, seen[layer], subject_score, shown).cpu()
-        for e, w in zip(shown.tolist(), weights, strict=True):
-            rival = next((adapter.edits[i].id for i in order if acts[i]), "")
-            views.append(_view(editor, layer, e, ids, positions, seen, w, acts[e], rival))
+    text = prompt if isinstance(prompt, str) else render_chat(editor.tokenizer, prompt)
+    if not text.strip():
+        raise RequestError(f"the prompt {text!r} is empty; give some text")
+    for name, value, least in (("top", top, 1), ("generate", generate, 0)):
+        if value < least:
+            raise RequestError(f"{name} is {value}; it must be at least {least}")
+    ids = encode_prompt(editor.tokenizer, text)
+    length = len(ids)
+    if generate:
+        ids = _continued(editor, ids, generate)
+    seen = read_ids(editor, ids, length)
     tokens = tuple(editor.tokenizer.decode([i]) for i in ids)
-    return Inspection(prompt, tokens, tuple(positions), tuple(views), len(adapter.edits), tuple(acting))
+    positions: list[int] = []
+    if adapter.reads_tokens:
+        heard = _Heard(adapter, ids, seen, tokens)
+        views = [view for layer in adapter.layers for view in heard.views(layer, seen[layer], top)]
+        acting = list(dict.fromkeys(action.edit for action in heard.actions))
+    else:
+        positions = _edited_positions(adapter, ids, length)
+        views, acting = _views_at_positions(adapter, seen, positions, tokens, top)
+    return Inspection(text, tokens, length, tuple(positions), tuple(views), len(adapter.edits), tuple(acting))
+
+
+def _continued(editor: BaftEditor, ids: Sequence[int], count: int) -> list[int]:
+    """The ids and the edited model's ``count`` likeliest next ones, fewer where it ends the text."""
+    context = context_length(editor.model)
+    if context and len(ids) + count > context:
+        raise RequestError(
+            f"a prompt of {len(ids)} tokens and {count} new ones, but the model reads {context}; shorten the prompt, or "
+            "generate fewer"
+        )
+    model: Any = editor.model
+    given = torch.tensor([list(ids)], device=compute_device(model))
+    with acting(editor.adapter), editor.adapter.prompts([len(ids)]):
+        out = model.generate(
+            input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=count, do_sample=False, temperature=None,
+            top_p=None, top_k=None, pad_token_id=pad_token_id(editor.tokenizer),
+        )  # fmt: skip
+    return getattr(out, "sequences", out)[0].tolist()
 
 
 @torch.no_grad()
-def read_prompt(editor: BaftEditor, prompt: str) -> tuple[list[int], dict[int, Tensor]]:
-    """Ids of a prompt, and ``layer -> (T, d)``: what the edits of each layer, and the subject's reader, find there (fp32).
+def read_ids(editor: BaftEditor, ids: Sequence[int], prompt_length: int | None = None) -> dict[int, Tensor]:
+    """``layer -> (T, d)``: what the gate and the edits find at each block that they read, with the edits acting (fp32).
 
     At an edited block this is the block's output before its own edits are added, those of lower blocks included.
+
+    Args:
+        editor: its model is run once.
+        ids: one text.
+        prompt_length: where the prompt ends, for a position rule; by default all is prompt.
     """
     adapter = editor.adapter
-    ids = encode_prompt(editor.tokenizer, prompt)
     seen: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Callable[..., None]:
@@ -139,57 +172,20 @@ def read_prompt(editor: BaftEditor, prompt: str) -> tuple[list[int], dict[int, T
 
         return hook
 
-    wanted = {*adapter.layers, *([] if adapter.read_layer is None else [adapter.read_layer])}
     # before every other hook: the adapter's own would have changed the output already
-    handles = [adapter.blocks[layer].register_forward_hook(keep(layer), prepend=True) for layer in sorted(wanted)]
+    handles = [adapter.blocks[layer].register_forward_hook(keep(layer), prepend=True) for layer in adapter.read_layers]
     device = compute_device(editor.model)
     try:
-        with _acting(adapter):
-            editor.model(input_ids=torch.tensor([ids], device=device), use_cache=False)
+        with acting(adapter), adapter.prompts([prompt_length or len(ids)]):
+            editor.model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    return ids, seen
-
-
-def basis_weights(
-    adapter: BaftAdapter, layer: int, x: Tensor, subject_score: Tensor | None, index: Tensor | None = None
-) -> Tensor:
-    """The weights of edits at every token, each as if no other edit were there: ``x (T, d) -> (K, T, r)``.
-
-    Args:
-        adapter: with at least one edit.
-        layer: an edited block.
-        x: representations there, see :func:`read_prompt`.
-        subject_score: ``(E,)`` of :func:`subject_scores_of`.
-        index: ``(K,)`` which edits; all of them where None.
-    """
-    weighting = adapter.stack(layer, x.device).weighting
-    index = torch.arange(len(adapter.edits)) if index is None else index
-    index = index.to(x.device)
-    own = x.expand(len(index), *x.shape)
-    return weighting.on_own(own, weighting.picked(index), _for_each(subject_score, x.shape[0], index))
-
-
-def subject_scores_of(adapter: BaftAdapter, layer: int, seen: Mapping[int, Tensor]) -> Tensor | None:
-    """Every edit's subject score, the best over the prompt's tokens: ``(E,)``; None for a network that reads no subject."""
-    if adapter.read_layer is None:
-        return None
-    x = seen[adapter.read_layer]
-    row, column = torch.zeros(len(x), dtype=torch.long, device=x.device), torch.arange(len(x), device=x.device)
-    return adapter.stack(layer, x.device).subject_scores(x, row, column, 1)[:, 0]
-
-
-def edit_network(adapter: BaftAdapter, layer: int, edit: Edit) -> WeightingNetwork:
-    """The weighting network of one edit, on the CPU."""
-    own = {n.split(".", 1)[1]: t for n, t in edit.tensors[layer].items() if n not in MAP_TENSORS}
-    network = adapter.network(layer)
-    network.load_state_dict({**network.state_dict(), **own})
-    return network
+    return seen
 
 
 @contextlib.contextmanager
-def _acting(adapter: BaftAdapter) -> Iterator[None]:
+def acting(adapter: BaftAdapter) -> Iterator[None]:
     """Inside, the edits are on the model and act; after, as before."""
     attached = adapter.attached
     adapter.attach()
@@ -201,30 +197,188 @@ def _acting(adapter: BaftAdapter) -> Iterator[None]:
             adapter.detach()
 
 
-def _for_each(subject_score: Tensor | None, positions: int, index: Tensor | None = None) -> Tensor | None:
-    """``(E,) -> (K, positions)``: what was read once a prompt, at each of its positions."""
-    if subject_score is None:
-        return None
-    chosen = subject_score if index is None else subject_score[index]
-    return chosen[:, None].expand(len(chosen), positions)
+# ------------------------------------------------------------------------------------------- a gate that reads tokens
 
 
-def _edited_positions(adapter: BaftAdapter, ids: Sequence[int]) -> list[int]:
+def let_read(gate: CausalGate, adapter: BaftAdapter, ids: Sequence[int], seen: Mapping[int, Tensor]) -> Reading:
+    """What a gate reads of one text, from the outputs ``layer -> (T, d)`` of the blocks."""
+    reading = gate.begin(torch.tensor([list(ids)]), None)
+    for number, layer in enumerate(read_layers(adapter.layers, len(adapter.blocks))):
+        gate.read(reading, number, seen[layer].unsqueeze(0))
+    return reading
+
+
+@dataclass(frozen=True)
+class _Best:
+    """The token that fits an edit best; fields as in :class:`EditView`."""
+
+    token: int
+    subject: tuple[int, int] | None
+    score: float
+    asked: float
+    open: bool
+    relation: str | None
+
+
+class _Heard:
+    """What the gate heard in one text, and what it decided.
+
+    Args:
+        adapter: whose edits are asked.
+        ids: of the text.
+        seen: of :func:`read_ids`.
+        tokens: texts of the tokens.
+    """
+
+    def __init__(self, adapter: BaftAdapter, ids: Sequence[int], seen: Mapping[int, Tensor], tokens: Sequence[str]):
+        self.adapter, self.tokens = adapter, tokens
+        gate = adapter.gate(seen[adapter.layers[0]].device)
+        reading = let_read(gate, adapter, ids, seen)
+        self.actions = gate.decide(reading)
+        self.thresholds = gate.weighting.state["threshold"].tolist()
+        self.best: dict[str, _Best] = {}
+        names = _nearest_relations(gate, reading)
+        for candidate, own, name in zip(reading.candidates, gate.explain(reading), names, strict=True):
+            for edit, (score, asked, is_open) in own.items():
+                before = self.best.get(edit)
+                if before is None or (is_open, score) > (before.open, before.score):
+                    span = candidate.named.get(edit)
+                    self.best[edit] = _Best(candidate.column, span, score, asked, is_open, name)
+
+    def views(self, layer: int, x: Tensor, top: int) -> list[EditView]:
+        """The edits at one layer, the best first; ``x (T, d)`` is what they find there."""
+        edits = self.adapter.edits
+
+        def fit(index: int) -> tuple[bool, float]:
+            best = self.best.get(edits[index].id)
+            return any(a.index == index for a in self.actions), best.score if best else -math.inf
+
+        order = sorted(range(len(edits)), key=fit, reverse=True)
+        return [self._view(layer, index, x) for index in order[:top]]
+
+    def _view(self, layer: int, index: int, x: Tensor) -> EditView:
+        edit = self.adapter.edits[index]
+        own = [action for action in self.actions if action.index == index]
+        weights = torch.zeros(len(x), self.adapter.config.rank)
+        if own:
+            columns = [action.column for action in own]
+            which = torch.full((len(own),), index, device=x.device)
+            stages = torch.tensor([action.stage for action in own], device=x.device)
+            _, found = self.adapter.stack(layer, x.device).update_of(x[columns], which, stages)
+            weights[columns] = found.cpu()
+        request, best = edit.requests[0], self.best.get(edit.id)
+        return EditView(
+            edit.id, request.prompt, request.target_new, layer, _rows(weights), tuple(a.column for a in own),
+            tuple(a.stage for a in own), best and best.token, best and best.subject, best and best.score,
+            self.thresholds[index], best.asked if best and best.subject else None, best and best.relation,
+            self._reason(edit, self.thresholds[index], own),
+        )  # fmt: skip
+
+    def _reason(self, edit: Edit, threshold: float, own: Sequence[Action]) -> str:
+        best = self.best.get(edit.id)
+        if own:
+            begun = [a for a in own if a.stage == 0]
+            said = ", ".join(
+                f"{self.tokens[a.column]!r} ({a.score + threshold:.2f}, {threshold:.2f} needed)" for a in begun[:3]
+            )
+            more = ", …" if len(begun) > 3 else ""
+            behind = len(own) - len(begun)
+            tail = f" and on {behind} token{'s' * (behind > 1)} of its answer" if behind else ""
+            return f"acts on {said}{more}{tail}"
+        if best is None:
+            named = " or ".join(repr(r.subject) for r in edit.requests)
+            return f"does not act: the subject {named} is not named"
+        at = f"at {self.tokens[best.token]!r}"
+        if best.open:
+            return f"does not act: {self._loss(edit, best, at)}"
+        if best.score > threshold:
+            return (
+                f"does not act: another subject is asked about ({at} the probability of its own is {best.asked:.2f}; the "
+                f"relation fits, {best.score:.2f} of {threshold:.2f} needed)"
+            )
+        near = "" if best.relation is None else f', nearest known relation "{best.relation}"'
+        return f"does not act: the text asks something else ({at} {best.score:.2f} of {threshold:.2f} needed{near})"
+
+    def _loss(self, edit: Edit, best: _Best, at: str) -> str:
+        """Why an edit whose gate is open does not act."""
+        there = next((a for a in self.actions if a.column == best.token), None)
+        if there is not None:
+            return f"edit {there.edit!r} fits better {at}" if there.stage == 0 else f"{at} edit {there.edit!r} answers"
+        before = next((a for a in reversed(self.actions) if a.column < best.token), None)
+        whose = "its own answer" if before is None or before.edit == edit.id else f"the answer of edit {before.edit!r}"
+        return f"{at} the text stands right behind {whose}"
+
+
+def _nearest_relations(gate: CausalGate, reading: Reading) -> list[str | None]:
+    """For each candidate, the name of the known relation nearest to what the text asks there."""
+    known, names = gate.encoder.relations, [relation["name"] for relation in relations()[1]]
+    if not reading.candidates or not 0 < len(known) <= len(names):
+        return [None] * len(reading.candidates)
+    z, _ = gate.relations(reading)
+    return [names[i] for i in (z @ known.to(z).mT).argmax(-1).tolist()]
+
+
+# ------------------------------------------------------------------------------------------- gates at positions
+
+
+def basis_weights(adapter: BaftAdapter, layer: int, x: Tensor, index: Tensor | None = None) -> Tensor:
+    """The weights of edits at every token, each as if its gate were open: ``x (T, d) -> (K, T, r)``.
+
+    Args:
+        adapter: with at least one edit.
+        layer: an edited block.
+        x: representations there, see :func:`read_ids`.
+        index: ``(K,)`` which edits; all of them where None.
+    """
+    weighting = adapter.stack(layer, x.device).weighting
+    index = torch.arange(len(adapter.edits)) if index is None else index
+    index = index.to(x.device)
+    return weighting.on_own(x.expand(len(index), *x.shape), weighting.picked(index))
+
+
+def edit_network(adapter: BaftAdapter, layer: int, edit: Edit) -> WeightingNetwork:
+    """The weighting network of one edit, on the CPU."""
+    own = {n.split(".", 1)[1]: t for n, t in edit.tensors[layer].items() if n not in MAP_TENSORS}
+    network = adapter.network(layer)
+    network.load_state_dict({**network.state_dict(), **own})
+    return network
+
+
+def _edited_positions(adapter: BaftAdapter, ids: Sequence[int], length: int) -> list[int]:
     rule, subjects = adapter.config.rule, adapter.subjects()
     named = None if subjects is None else subjects.mask(torch.tensor([list(ids)]))
-    mask = rule.mask(torch.tensor([0]), torch.tensor([len(ids)]), torch.arange(len(ids)), named)
+    mask = rule.mask(torch.tensor([0]), torch.tensor([length]), torch.arange(len(ids)), named)
     return mask[0].nonzero().flatten().tolist()
 
 
+def _views_at_positions(
+    adapter: BaftAdapter, seen: Mapping[int, Tensor], positions: Sequence[int], tokens: Sequence[str], top: int
+) -> tuple[list[EditView], list[str]]:
+    """The views, and the ids of all edits that act."""
+    views: list[EditView] = []
+    active: dict[str, None] = {}
+    for layer in adapter.layers:
+        acts, match = _acts_and_match(adapter, layer, seen[layer], positions)
+        active |= {edit.id: None for edit, where in zip(adapter.edits, acts, strict=True) if where}
+        fit = match.amax(1) if match.numel() else torch.zeros(len(adapter.edits))
+        order = sorted(range(len(adapter.edits)), key=lambda e: (not acts[e], -float(fit[e])))
+        shown = torch.tensor(order[:top])
+        weights = basis_weights(adapter, layer, seen[layer], shown).cpu()
+        winner = next((adapter.edits[i].id for i in order if acts[i]), "")
+        for e, w in zip(shown.tolist(), weights, strict=True):
+            views.append(_view_at_positions(adapter, layer, e, match[e], positions, w, acts[e], winner, tokens))
+    return views, list(active)
+
+
 def _acts_and_match(
-    adapter: BaftAdapter, layer: int, x: Tensor, positions: Sequence[int], subject_score: Tensor | None
+    adapter: BaftAdapter, layer: int, x: Tensor, positions: Sequence[int]
 ) -> tuple[list[list[int]], Tensor]:
     """For each edit the tokens at which it acts, and ``(E, P)``: how well the P edited tokens fit it."""
     stack, acts = adapter.stack(layer, x.device), [[] for _ in adapter.edits]
     if not positions:
         return acts, torch.empty(len(acts), 0)
-    at, each = x[list(positions)], _for_each(subject_score, len(positions))  # (P, d), (E, P)
-    weights, winner = stack.weights(at, each)
+    at = x[list(positions)]  # (P, d)
+    weights, winner = stack.weights(at)
     if not adapter.routed:  # (E, P, r): the updates of all edits are added up
         for e, p in (weights.amax(-1) > 0).nonzero().tolist():
             acts[e].append(positions[p])
@@ -232,97 +386,43 @@ def _acts_and_match(
     for position, e, w in zip(positions, winner.tolist(), weights.amax(-1).tolist(), strict=True):
         if w > 0:
             acts[e].append(position)
-    if each is None:
-        return acts, stack.weighting.priority(at).cpu()
-    return acts, stack.weighting.priority_of(torch.arange(len(acts), device=at.device), at, each).cpu()
+    return acts, stack.weighting.match(at).cpu()
 
 
-def _view(
-    editor: BaftEditor,
+def _view_at_positions(
+    adapter: BaftAdapter,
     layer: int,
     index: int,
-    ids: Sequence[int],
+    match: Tensor,
     positions: Sequence[int],
-    seen: Mapping[int, Tensor],
     weights: Tensor,
     acts: Sequence[int],
     winner: str,
+    tokens: Sequence[str],
 ) -> EditView:
-    """What one edit's own network says, in numbers and in words."""
-    adapter = editor.adapter
-    edit = adapter.edits[index]
-    network: Any = edit_network(adapter, layer, edit)
-    subject = subject_token = relation = rival = match = subject_score = answered = None
-    if adapter.read_layer is not None:
-        early = seen[adapter.read_layer].cpu()
-        each = network.subject_score(early)  # (T,)
-        subject_score = network.of_prompt(early)
-        if bool((each != 1.0).any()):  # 1 everywhere: the edit names no subject, so every prompt passes
-            subject, subject_token = float(subject_score), int(each.argmax())
-            behind = network.answer_score(early)[subject_token + 1 :] if network.reads_answer else early.new_empty(0)
-            if len(behind) and float(behind.max()) > 0:
-                answered = subject_token + 1 + int(behind.argmax())
-                subject_score = -behind.max()
-    over = 0.0
-    related, worded = True, False
-    if positions and network.routed:
-        at = seen[layer][list(positions)].cpu()  # (P, d)
-        fits = network.match(at, None if subject_score is None else subject_score.expand(len(positions)))  # (P,)
-        match, best = float(fits.max()), at[fits.argmax()]
-        over = float(network.match(best))  # the relation question alone
-        related = over > 0
-        if hasattr(network, "similarities"):
-            own, nearest, template = (float(x) for x in network.similarities(best))
-            worded = template > max(nearest, network.same_sentence)
-            relation, rival = own, template if worded else nearest if nearest > _NO_RIVAL else None
-    token = "" if subject_token is None else editor.tokenizer.decode([ids[subject_token]])
-    said = _said(subject, token, relation, rival, over if network.routed and positions else None, worded)
-    if answered is not None:
-        said["answer"] = f"the answer stands in the prompt already, at {editor.tokenizer.decode([ids[answered]])!r}"
-    found = {"subject": subject is None or subject > 0, "answer": answered is None, "relation": related}
-    failed = [question for question, right in found.items() if not right]
+    edit, score, token = adapter.edits[index], None, None
+    if positions and adapter.routed:
+        score, token = float(match.max()), positions[int(match.argmax())]
+    fits = "" if score is None else f" (match {score:+.2f}, above 0 needed)"
     if acts:
-        where = ", ".join(repr(editor.tokenizer.decode([ids[p]])) for p in acts[:3]) + (", …" if len(acts) > 3 else "")
-        reason = _sentence(f"acts on {where}, weight {float(weights[list(acts)].mean()):.2f}", said.values())
+        where = ", ".join(repr(tokens[p]) for p in acts[:3]) + (", …" if len(acts) > 3 else "")
+        reason = f"acts on {where}, weight {float(weights[list(acts)].mean()):.2f}{fits}"
     elif not positions:
-        reason = f"does not act: the positions {adapter.config.positions!r} find no token in this prompt"
-    elif match is not None and match > 0 and winner not in ("", edit.id):
-        reason = _sentence(f"does not act, edit {winner!r} fits better", said.values())
-    else:  # what failed first
-        reason = _sentence("does not act", [said[k] for k in sorted(said, key=lambda k: k not in failed)])
+        rule = adapter.config.positions or "last"
+        reason = f"does not act: the positions {rule!r} find no token in this prompt"
+    elif score is not None and score > 0 and winner not in ("", edit.id):
+        reason = f"does not act: edit {winner!r} fits better{fits}"
+    else:
+        reason = f"does not act: the gate is closed{fits}"
     request = edit.requests[0]
     return EditView(
-        edit.id, request.prompt, request.target_new, layer, tuple(tuple(row) for row in weights.tolist()), tuple(acts),
-        subject, subject_token, relation, rival, match, reason,
+        edit.id, request.prompt, request.target_new, layer, _rows(weights), tuple(acts), (0,) * len(acts), token, None,
+        score, None if score is None else 0.0, None, None, reason,
     )  # fmt: skip
 
 
-def _sentence(verdict: str, said: Iterable[str]) -> str:
-    return ": ".join(part for part in (verdict, "; ".join(said)) if part)
-
-
-def _said(
-    subject: float | None, token: str, relation: float | None, rival: float | None, over: float | None, worded: bool
-) -> dict[str, str]:
-    """What the network answered, in words: ``subject`` and ``relation``, where it asks them.
-
-    ``worded`` says that the rival is the edit's own sentence with another relation in it.
-    """
-    said = {}
-    if subject is not None:
-        found = f"subject found at {token!r}" if subject > 0 else f"subject not found, nearest is {token!r}"
-        said["subject"] = f"{found} ({subject:+.2f} from the threshold)"
-    if over is not None:
-        what = f"match {over:+.2f}"
-        if relation is not None:
-            against = (
-                "no rival"
-                if rival is None
-                else f"{rival:.2f} to {'its own words with another' if worded else 'the nearest other'}"
-            )
-            what = f"similarity {relation:.2f} to its own relation, {against} ({over:+.2f}"
-        said["relation"] = f"{what} from the threshold" + ")" * (relation is not None)
-    return said
+def _rows(x: Tensor) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(row) for row in x.tolist())
 
 
 # ------------------------------------------------------------------------------------------- in a terminal
@@ -334,7 +434,8 @@ _BASES = 48  # at most so many are drawn in a line
 def heat_lines(found: Inspection, view: EditView, *, shades: str = BLOCKS) -> list[tuple[str, bool]]:
     """An edit's heat map for a terminal, one line a token: ``(line, whether the edit acts there)``.
 
-    A star marks the tokens that the adapter edits; elsewhere stands the weight that the edit would have.
+    A star marks tokens that the edit, or the position rule, acts on, and a plus those of its own answer; a line parts the generated
+    tokens from the given ones.
 
     Args:
         found: of :func:`inspect_prompt`.
@@ -346,8 +447,11 @@ def heat_lines(found: Inspection, view: EditView, *, shades: str = BLOCKS) -> li
     rank = len(view.weights[0])
     bases = f"basis 1 to {rank}" if rank <= _BASES else f"basis 1 to {_BASES} of {rank}"
     lines = [(f"    {'token':{width}}  mean  {bases}", False)]
+    stage = dict(zip(view.acts, view.stages, strict=True))
     for t, (name, row) in enumerate(zip(names, view.weights, strict=True)):
-        star = "*" if t in found.positions else " "
+        if t == found.prompt_length:
+            lines.append(("    generated:", False))
+        mark = "+" if stage.get(t) else "*" if t in stage or t in found.positions else " "
         cells = "".join(shades[math.ceil(min(w, 1.0) * 4)] for w in row[:_BASES])
-        lines.append((f"  {star} {name[:width]:{width}}  {sum(row) / rank:4.2f}  {cells}", t in view.acts))
+        lines.append((f"  {mark} {name[:width]:{width}}  {sum(row) / rank:4.2f}  {cells}", t in stage))
     return lines

@@ -66,7 +66,10 @@ def draw_inspection(found: Inspection) -> Figure:
         rank = len(view.weights[0])
         bases = range(0, rank, 1 if rank <= 24 else 8)
         axes.set_xticks(bases, [str(k + 1) for k in bases], fontsize=8)
-        axes.set_yticks(range(len(tokens)), [f"{n}  ▸" if t in found.positions else n for t, n in enumerate(tokens)])
+        axes.set_yticks(
+            range(len(tokens)),
+            [f"{n}  ▸" if t in found.positions or t in view.acts else n for t, n in enumerate(tokens)],
+        )
         for t, label in enumerate(axes.get_yticklabels()):
             label.set(fontsize=9, color=COLOURS[1] if t in view.acts else INK)
             label.set_fontweight("bold" if t in view.acts else "normal")

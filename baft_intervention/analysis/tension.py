@@ -24,12 +24,17 @@ import torch
 from torch import Tensor
 
 from ..core.functional import update_bound
+from ..core.positions import PositionRule
 from ..editor.editor import BaftEditor
 from ..errors import ConfigError, EditError
+from ..gates import FactWeighting
+from ..models.chat import chat_marks
 from ..models.tokenization import encode_prompt
-from ..runtime.adapter import Edit
+from ..runtime.adapter import BaftAdapter, Edit
+from ..runtime.causal_gate import CausalGate
+from ..runtime.edit_stack import WeightingStack
 from ..runtime.representations import read_blocks
-from .inspection import edit_network
+from .inspection import edit_network, let_read
 
 _POINTS = 128  # points of a set kept for a picture
 
@@ -40,13 +45,15 @@ class Readings:
 
     Args:
         x: ``(n, d)`` at the edited block.
-        early: the tokens of each text at the block where the subject is read, ``(T, d)``; empty if none is read.
+        rows: ids of each text.
         columns: the columns of each text that ``x`` holds.
+        blocks: for a gate that reads tokens, what it reads of each text: ``layer -> (T, d)``; else empty.
     """
 
     x: Tensor
-    early: tuple[Tensor, ...]
+    rows: tuple[tuple[int, ...], ...]
     columns: tuple[tuple[int, ...], ...]
+    blocks: tuple[dict[int, Tensor], ...]
 
 
 @dataclass(frozen=True)
@@ -135,7 +142,7 @@ def tension(editor: BaftEditor, edit_id: str, paraphrases: Sequence[str], unrela
     """Measure one edit's update at its prompt, on its paraphrases, and on unrelated input.
 
     Args:
-        editor: an editor that edits the last token at one layer.
+        editor: an editor of one layer, with the default gate or one that acts at the last token.
         edit_id: id of an edit with one request.
         paraphrases: prompts that ask the same in other words, at least one.
         unrelated: from :func:`read_texts` with this editor.
@@ -145,7 +152,7 @@ def tension(editor: BaftEditor, edit_id: str, paraphrases: Sequence[str], unrela
         ConfigError: the editor edits other tokens or layers, or there are no paraphrases or too few unrelated inputs.
     """
     layer = the_layer(editor)
-    if editor.config.positions != "last":
+    if not editor.config.reads_tokens and editor.config.rule != PositionRule.parse("last"):
         raise ConfigError(f"positions is {editor.config.positions!r}; the trade-off is measured at 'last'")
     if not paraphrases:
         raise ConfigError(f"edit {edit_id!r} comes without a paraphrase; give at least one")
@@ -179,18 +186,29 @@ def tension(editor: BaftEditor, edit_id: str, paraphrases: Sequence[str], unrela
     )
 
 
-def edit_coordinates(editor: BaftEditor, edit: Edit, read: Readings) -> Tensor:
-    """``w_k(h) (a_k^T h + b_k - r_k^T h)``, one edit's update along its bases, without other edits: ``(n, r)``."""
-    layer = the_layer(editor)
-    tensors, network = edit.tensors[layer], edit_network(editor.adapter, layer, edit)
-    if network.reads_subject:
-        # the subject score of the text up to each token
-        shown = [network.of_prompt(x[: c + 1]) for x, at in zip(read.early, read.columns, strict=True) for c in at]
-        subject_score = torch.stack(shown)
-        weights = network(read.x, subject_score)  # (n, r)
-    else:
-        weights = network(read.x)
+def edit_coordinates(editor: BaftEditor, edit: Edit, read: Readings, stages: Tensor | None = None) -> Tensor:
+    """``w_k(h) (a_k^T h + b_k - r_k^T h)``, one edit's update along its bases, without other edits: ``(n, r)``.
+
+    Args:
+        editor: on one layer.
+        edit: one of its edits.
+        read: from :func:`read_texts` or :func:`read_rows`.
+        stages: ``(n,)``, for the default gate: take its gate as open, after so many tokens of the answer; by default the gate
+            decides.
+    """
+    tensors, weights = edit.tensors[the_layer(editor)], edit_weights(editor, edit, read, stages)
     return weights * (read.x @ (tensors["source_weight"] - tensors["rotation"]).mT + tensors["source_bias"])
+
+
+def edit_weights(editor: BaftEditor, edit: Edit, read: Readings, stages: Tensor | None = None) -> Tensor:
+    """``w (n, r)`` of one edit, without other edits; the arguments are those of :func:`edit_coordinates`."""
+    network = edit_network(editor.adapter, the_layer(editor), edit)
+    if not isinstance(network, FactWeighting):
+        return network(read.x)
+    if stages is not None:
+        return network(read.x, stages)
+    stages = _stages(editor.adapter, edit, read)
+    return network(read.x, stages.clamp(min=0)) * (stages >= 0).unsqueeze(-1)
 
 
 def edit_update(editor: BaftEditor, edit: Edit, read: Readings) -> Tensor:
@@ -212,14 +230,33 @@ def the_layer(editor: BaftEditor) -> int:
 def read_rows(editor: BaftEditor, rows: Sequence[Sequence[int]], columns: Sequence[Sequence[int]]) -> Readings:
     """:func:`read_texts` for rows of ids at chosen columns."""
     adapter, layer = editor.adapter, the_layer(editor)
-    wanted = [layer] if adapter.read_layer is None else sorted({layer, adapter.read_layer})
-    every = columns if adapter.read_layer is None else [range(max(at) + 1) for at in columns]
+    ids = tuple(tuple(row)[: max(at) + 1] for row, at in zip(rows, columns, strict=True))
+    every = [range(len(row)) for row in ids] if adapter.reads_tokens else columns
     with editor.enabled(False):
-        found = read_blocks(editor.model, editor.tokenizer, rows, every, wanted)
-    if adapter.read_layer is None:
-        return Readings(torch.cat(found[layer]), (), tuple(map(tuple, columns)))
-    x = torch.cat([each[list(at)] for each, at in zip(found[layer], columns, strict=True)])
-    return Readings(x, tuple(found[adapter.read_layer]), tuple(map(tuple, columns)))
+        found = read_blocks(editor.model, editor.tokenizer, ids, every, adapter.read_layers)
+    at = tuple(map(tuple, columns))
+    if not adapter.reads_tokens:
+        return Readings(torch.cat(found[layer]), ids, at, ())
+    x = torch.cat([each[list(own)] for each, own in zip(found[layer], at, strict=True)])
+    return Readings(x, ids, at, tuple({n: found[n][i] for n in adapter.read_layers} for i in range(len(ids))))
+
+
+def edit_gate(adapter: BaftAdapter, edit: Edit) -> CausalGate:
+    """The gate of one edit alone, on the CPU."""
+    network = adapter.network(adapter.layers[0])
+    prefix = "weighting."
+    tensors = edit.tensors[adapter.layers[0]]
+    own = {n.removeprefix(prefix): t.unsqueeze(0) for n, t in tensors.items() if n.startswith(prefix)}
+    return CausalGate(WeightingStack(network, own), adapter.tokenizer, chat_marks(adapter.tokenizer)[0], [edit])
+
+
+def _stages(adapter: BaftAdapter, edit: Edit, read: Readings) -> Tensor:
+    """``(n,)``: how many tokens of its answer the edit has said at each input; -1 where it does not act."""
+    gate, found = edit_gate(adapter, edit), []
+    for row, columns, blocks in zip(read.rows, read.columns, read.blocks, strict=True):
+        stage = {a.column: a.stage for a in gate.decide(let_read(gate, adapter, row, blocks))}
+        found += [stage.get(column, -1) for column in columns]
+    return torch.tensor(found)
 
 
 def _rms(x: Tensor) -> float:

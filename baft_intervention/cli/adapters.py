@@ -47,6 +47,12 @@ def check_system(args: argparse.Namespace) -> None:
         raise ConfigError("--system is a message of a conversation; give --chat with it")
 
 
+def conversation(prompt: str, system: str | None) -> list[dict[str, str]]:
+    """The prompt as a user's message, for ``--chat``."""
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return [*first, {"role": "user", "content": prompt}]
+
+
 def read_prompts(given: Sequence[str], source: str | None) -> list[str]:
     """The prompts on the command line, and those of a file or of standard input.
 

@@ -58,12 +58,14 @@ def add(commands: Any) -> None:
         help="blocks to edit, counted from 0, negative from the end; default: one at 9/10 of the depth",
     )
     settings.add_argument(
-        "--positions", metavar="RULE", help="last (the default), subject, subject_all, prompt, all, f3+l2"
+        "--positions",
+        metavar="RULE",
+        help="for a gate other than fact: last (its default), subject, subject_all, prompt, all, f3+l2",
     )
     settings.add_argument(
         "--weighting",
         metavar="NAME",
-        help="the weighting network: subject_relation (the default), cosine, constant, linear, mlp",
+        help="the gate: fact (the default), cosine, whitened, linear, mlp, constant",
     )
     settings.add_argument("--steps", type=int, metavar="N", help="at most N optimiser steps per edit")
     settings.add_argument("--learning-rate", type=float, metavar="LR", help="learning rate of AdamW")

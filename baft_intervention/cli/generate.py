@@ -51,7 +51,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     """Show the answer to each prompt."""
     import torch
 
-    from .adapters import check_system, open_editor, read_prompts
+    from .adapters import check_system, conversation, open_editor, read_prompts
 
     if args.adapter is None and args.model is None:
         raise ConfigError("give --adapter DIR (an edited model) or --model M (an unedited one)")
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         raise ConfigError("--compare shows the unedited model beside the edited one; it needs --adapter")
     prompts = read_prompts(args.prompt or [], args.prompts)
     options = _decoding(args)
-    asked: list[Any] = [_conversation(prompt, args.system) for prompt in prompts] if args.chat else prompts
+    asked: list[Any] = [conversation(prompt, args.system) for prompt in prompts] if args.chat else prompts
     editor = open_editor(args)
 
     def ask() -> list[list[str]]:
@@ -102,11 +102,6 @@ def run(args: argparse.Namespace, out: Output) -> int:
             ("prompt", "answer"), [(p, text) for p, texts in zip(prompts, answers, strict=True) for text in texts]
         )
     return OK
-
-
-def _conversation(prompt: str, system: str | None) -> list[dict[str, str]]:
-    first = [] if system is None else [{"role": "system", "content": system}]
-    return [*first, {"role": "user", "content": prompt}]
 
 
 def _decoding(args: argparse.Namespace) -> dict[str, Any]:

@@ -11,10 +11,10 @@ model that it returns, and undoes the edit with the second return value. This mo
     hparams = easyedit.BaFTHyperParams.from_hparams("llama-3-8b")  # a shipped file, or the path of your own
     metrics, edited_model, _ = BaseEditor.from_hparams(hparams).edit(prompts=…, target_new=…, subject=…)
 
-*Where a prompt ends.* An edit acts at the prompt's end, but EasyEdit's evaluation feeds prompt and answer as one sequence
-and does not say where the prompt ends. :class:`EditedModel` therefore stores every prompt of a request (its own, its
-rephrase, locality and portability prompts) and looks up the longest one that a row begins with. A row that begins with
-none of them counts as all prompt, as in generation.
+*Where a prompt ends.* The default gate finds out itself where an edit acts. A gate that acts at positions must know the
+prompt's end, but EasyEdit's evaluation feeds prompt and answer as one sequence. For such a gate, :class:`EditedModel`
+stores every prompt of a request (its own, its rephrase, locality and portability prompts) and looks up the longest one that a
+row begins with. A row that begins with none of them counts as all prompt, as in generation.
 
 *Sequential editing.* EasyEdit passes the same base model to every call. Each call adds edits to it, until the restore
 callable is called.
@@ -180,14 +180,15 @@ def prompts_of(request: Mapping[str, Any]) -> list[str]:
 
 
 class _State:
-    """The edits of one base model, and the prompts known to belong to them."""
+    """The edits of one base model, and the prompts known to belong to them if the gate acts at positions."""
 
     def __init__(self, editor: BaftEditor):
         self.editor = editor
         self.prompts: set[tuple[int, ...]] = set()
 
     def learn(self, request: Mapping[str, Any]) -> None:
-        self.prompts |= {tuple(encode_prompt(self.editor.tokenizer, text)) for text in prompts_of(request)}
+        if not self.editor.config.reads_tokens:
+            self.prompts |= {tuple(encode_prompt(self.editor.tokenizer, text)) for text in prompts_of(request)}
 
     def prompt_length(self, row: Sequence[int]) -> int:
         for length in sorted({len(prompt) for prompt in self.prompts}, reverse=True):
@@ -230,7 +231,8 @@ class EditedModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         ids = kwargs.get("input_ids", args[0] if args else None)
-        if not isinstance(ids, Tensor) or kwargs.get("past_key_values") is not None:
+        known = self.editor.config.reads_tokens or kwargs.get("past_key_values") is not None
+        if known or not isinstance(ids, Tensor):
             return self.model(*args, **kwargs)
         mask = kwargs.get("attention_mask")
         keep = torch.ones_like(ids) if mask is None else mask

@@ -8,9 +8,9 @@
     with editor.enabled(False):
         simple_evaluate(lm, tasks=["arc_easy"])  # the unedited model, for comparison
 
-The harness scores an answer by feeding context and answer as one sequence. An edit acts at the end of the context, so the
-class here tells the model where the context ends. The harness's own class for transformers models would not apply the
-edits in multiple-choice tasks, and would hide any harm that they do.
+The harness scores an answer by feeding context and answer as one sequence. The default gate finds out itself where an edit
+acts, so the harness's own class for transformers models does. A gate that acts at positions must know where the context ends:
+for it, the class here says so. Without, the edits would not act in multiple-choice tasks, and any harm would be hidden.
 
 ``pip install 'baft_intervention[harness]'`` installs the harness.
 """
@@ -60,7 +60,8 @@ def make_lm(editor: BaftEditor, *, batch_size: int = 8, **options: Any) -> Any:
             return found
 
     device = str(next(editor.model.parameters()).device)
-    return EditedLM(
+    lm = transformers_lm if editor.config.reads_tokens else EditedLM
+    return lm(
         pretrained=editor.model, tokenizer=editor.tokenizer, backend="causal", device=device, batch_size=batch_size, **options
     )  # fmt: skip
 
@@ -74,7 +75,7 @@ def answer_log_probs(
     The logarithm is natural and summed over the answer's tokens.
 
     Args:
-        editor: the model and its edits, which act at the end of each context.
+        editor: the model and its edits; those of a gate that acts at positions act in the contexts.
         pairs: token ids of context and answer, neither empty.
         batch_size: sequences per batch; the longest are scored first.
         max_length: tokens that the model reads; a longer sequence loses its beginning.

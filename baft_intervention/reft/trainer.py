@@ -76,7 +76,7 @@ class BaftTrainer(ReftTrainer):
         **kwargs: other arguments of the Trainer: ``train_dataset``, ``eval_dataset``, ``data_collator``, ``callbacks``, …
 
     Raises:
-        ConfigError: a coefficient is negative, a required bank is missing, or the weighting reads two layers.
+        ConfigError: a coefficient is negative, a required bank is missing, or the weighting reads tokens.
     """
 
     def __init__(
@@ -114,10 +114,10 @@ class BaftTrainer(ReftTrainer):
         }
         self._bank, self._used = self._by_key(bank), self._by_key(used)
         for key, module in self._maps.items():
-            if module.weighting.reads_subject:
+            if module.weighting.reads_tokens:
                 raise ConfigError(
-                    f"the weighting {type(module.weighting).__name__} also reads an earlier layer, but a pyreft "
-                    "intervention sees only its own; use BaftEditor, or the weighting 'cosine' or 'linear'"
+                    f"the weighting {type(module.weighting).__name__} reads tokens and several layers, but a pyreft "
+                    "intervention sees one layer; use BaftEditor, or the weighting 'cosine' or 'linear'"
                 )
             reason = "locality_coefficient > 0" if locality_coefficient else ""
             if module.weighting.needs_bank:

@@ -299,6 +299,30 @@ class CausalGate:
             return len(said), True
         return 0, ended
 
+    def explain(self, reading: Reading) -> list[dict[str, tuple[float, float, bool]]]:
+        """For each candidate ``edit -> (z . key, asked, open)``, for people; :meth:`decide` works it out faster.
+
+        ``asked`` is the probability that the text asks about the edit's subject, 1 for an edit without one; ``open`` says
+        whether both numbers are above their thresholds.
+        """
+        if not reading.candidates:
+            return []
+        z, places = (tensor.float().cpu() for tensor in self.relations(reading))
+        keys, thresholds = (self.weighting.state[name].cpu() for name in ("key", "threshold"))
+        found = []
+        for i, candidate in enumerate(reading.candidates):
+            spans: dict[str, tuple[int, int] | None] = {**dict.fromkeys(self._everywhere), **candidate.named}
+            own: dict[str, tuple[float, float, bool]] = {}
+            for edit, span in spans.items():
+                index, log_asked = self._places[edit], 0.0
+                if span is not None:
+                    ages = slice(candidate.place - span[1], candidate.place - span[0] + 1)
+                    log_asked = float(places[i, ages].logsumexp(-1))
+                cosine = float(z[i] @ keys[index])
+                own[edit] = cosine, math.exp(log_asked), cosine > float(thresholds[index]) and log_asked > _ASKED
+            found.append(own)
+        return found
+
 
 def _subjects(edit: Edit) -> list[str]:
     """The edit's subjects; none if one of its requests has none."""

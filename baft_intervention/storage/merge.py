@@ -74,7 +74,7 @@ def plan_merge(ours: BaftAdapter, theirs: Sequence[Edit], on_conflict: OnConflic
     if not ours.routed and theirs:
         raise AdapterError(
             f"the edits of weighting {ours.config.weighting!r} add up and were trained on top of each other; only adapters "
-            "whose edits compete (cosine, subject_relation) can be merged"
+            "whose edits compete (fact, cosine) can be merged"
         )
     incoming: list[Edit] = []
     replaced, same, conflicts, renamed = [], [], [], {}
