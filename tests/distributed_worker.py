@@ -158,7 +158,7 @@ def sharded(_folder: Path) -> dict[str, Any]:
             fully_shard(block)
         fully_shard(model)
     found: dict[str, Any] = {"fingerprint": model_fingerprint(model)}
-    for weighting in ("subject_relation", "linear"):
+    for weighting in ("fact", "linear"):
         editor = _editor(model, weighting=weighting)
         editor.edit([FRANCE, LEO])
         found[weighting] = _of(editor) | {"answers": editor.generate(list(PROMPTS), max_new_tokens=4)}

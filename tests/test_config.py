@@ -179,7 +179,11 @@ def test_fields_of_earlier_versions_are_ignored(caplog: pytest.LogCaptureFixture
 def test_what_follows_from_the_settings() -> None:
     assert BaftConfig(weighting="cosine").needs_bank
     assert not BaftConfig(weighting="linear").needs_bank
-    assert str(BaftConfig(positions="f1+l2").rule) == "f1+l2"
+    assert str(BaftConfig(weighting="linear", positions="f1+l2").rule) == "f1+l2"
+    assert str(BaftConfig(weighting="linear").rule) == "last"
+    assert BaftConfig().reads_tokens
+    with pytest.raises(ConfigError, match="positions is 'last', but the gate 'fact' decides itself where an edit acts"):
+        BaftConfig(positions="last")
 
 
 def test_the_defaults_of_a_model_are_written_out(any_model) -> None:

@@ -151,7 +151,7 @@ def test_too_few_unrelated_inputs_say_nothing():
 # ------------------------------------------------------------------------------------------ Figure 1
 
 
-@pytest.mark.parametrize("weighting", ["constant", "subject_relation"])
+@pytest.mark.parametrize("weighting", ["constant", "fact"])
 def test_with_all_bases_the_edit_is_whole_and_with_none_the_model_is_unedited(tiny_llama, tokenizer, weighting):
     editor = tiny_editor(tiny_llama, tokenizer, weighting=weighting)
     editor.edit(FRANCE)
@@ -187,7 +187,7 @@ def test_weights_are_counted_from_the_end_and_over_prompts_that_are_long_enough(
         found = weights_by_position(editor, {"edited": own, "other": [("france", "He was")]}, width=40)
     lengths = [len(tokenizer(fact.prompt)["input_ids"]) for fact in FACTS]
     assert found.count["edited"] == tuple(sum(n >= 40 - i for n in lengths) for i in range(40))
-    assert min(found.weight["edited"][-1]) > 0.95
+    assert min(found.weight["edited"][-1]) > 0.2
     assert max(found.weight["other"][-1]) == 0.0
     short = weights_by_position(editor, {"edited": own}, width=2)
     assert short.weight["edited"] == found.weight["edited"][-2:]
@@ -223,7 +223,7 @@ def test_batches_are_edited_asked_and_taken_back(tiny_llama, tokenizer, changes)
 # ------------------------------------------------------------------------------------------ the trade-off
 
 
-@pytest.mark.parametrize("weighting", ["constant", "cosine", "subject_relation"])
+@pytest.mark.parametrize("weighting", ["constant", "cosine", "fact"])
 def test_the_update_is_the_one_that_the_model_gets(tiny_llama, tokenizer, weighting):
     # at the last block: only the last norm follows
     editor = tiny_editor(tiny_llama, tokenizer, weighting=weighting, layers=(3,))
@@ -259,7 +259,7 @@ def test_every_beginning_of_a_text_is_an_input_of_its_own(tiny_llama, tokenizer)
 
 def test_loreft_leaks_at_least_what_the_bound_says_and_the_default_gate_does_not(tiny_llama, tokenizer):
     leaks = {}
-    for weighting in ("constant", "subject_relation"):
+    for weighting in ("constant", "fact"):
         editor = tiny_editor(tiny_llama, tokenizer, weighting=weighting)
         editor.edit(FRANCE)
         unrelated = read_texts(editor, BANK, prefixes=True)
@@ -267,7 +267,7 @@ def test_loreft_leaks_at_least_what_the_bound_says_and_the_default_gate_does_not
             found = tension(editor, "france", PARAPHRASES, unrelated)
         leaks[weighting] = found
         editor.detach()
-    loreft, gated = leaks["constant"], leaks["subject_relation"]
+    loreft, gated = leaks["constant"], leaks["fact"]
     assert loreft.leak >= loreft.least_leak > 0
     assert gated.leak < gated.least_leak
     assert gated.size == pytest.approx(loreft.size, rel=0.05)  # the gate is open at the edit: the same map
@@ -294,7 +294,7 @@ def test_what_cannot_be_measured_is_said(tiny_llama, tokenizer):
     with pytest.raises(ConfigError, match=r"the edits sit on layers \[2, 3\]"):
         redundant_dimensions(two)
     two.detach()
-    everywhere = tiny_editor(tiny_llama, tokenizer, positions="prompt")
+    everywhere = tiny_editor(tiny_llama, tokenizer, weighting="linear", positions="prompt")
     everywhere.edit(FRANCE)
     with pytest.raises(ConfigError, match="positions is 'prompt'"):
         tension(everywhere, "france", PARAPHRASES, unrelated)

@@ -8,7 +8,9 @@ from torch import nn
 
 from baft_intervention.core.positions import IdSequences, PositionRule
 from baft_intervention.errors import PositionError
+from baft_intervention.models.structure import block_owner
 from baft_intervention.runtime.call_state import CallTracker, hook_block
+from edits import hooks
 
 
 class _Tracked:
@@ -16,13 +18,13 @@ class _Tracked:
 
     def __init__(self, model, rule: str, subjects=()):
         self.model, self.rule, self.subjects = model, PositionRule.parse(rule), IdSequences(subjects)
-        self.tracker = CallTracker(model)
+        self.tracker = CallTracker(model, block_owner(model))
         self.tracker.attach()
         self.seen: list[list[tuple[int, int]]] = []
         hook_block(model.model.layers[0], self._look)
 
     def _look(self, hidden):
-        found = self.tracker.current().positions(self.rule, self.subjects, hidden.shape[0], hidden.shape[1])
+        found = self.tracker.current(*hidden.shape[:2]).positions(self.rule, self.subjects, *hidden.shape[:2])
         self.seen.append([] if found is None else list(zip(found[0].tolist(), found[1].tolist(), strict=True)))
 
     def call(self, ids, mask=None, **kwargs) -> list[tuple[int, int]]:
@@ -89,8 +91,8 @@ def test_padding_is_read_from_the_masks_of_a_fixed_size_cache(tiny_llama, kind, 
     seen[..., :4] = kept[:, None, None, :] & torch.ones(4, 4, dtype=torch.bool).tril()
     mask = seen if kind != "float" else torch.where(seen, 0.0, torch.finfo(torch.float32).min)
     call = {"input_ids": torch.tensor(side[0]), "attention_mask": {"full_attention": mask} if kind == "dict" else mask}
-    tracked.tracker._enter(tiny_llama, (), call)
-    found = tracked.tracker.current().positions(tracked.rule, [], 2, 4)
+    tracked.tracker._enter(block_owner(tiny_llama), (), call)
+    found = tracked.tracker.current(2, 4).positions(tracked.rule, None, 2, 4)
     assert list(zip(found[0].tolist(), found[1].tolist(), strict=True)) == expected
 
 
@@ -123,13 +125,13 @@ def test_a_failing_call_leaves_no_call_behind(tiny_llama):
 
 def test_detach_takes_off_what_attach_put_on_and_nothing_else(tiny_llama):
     own = tiny_llama.register_forward_pre_hook(lambda *_: None)
-    before = (list(tiny_llama._forward_hooks), list(tiny_llama._forward_pre_hooks))
-    tracker = CallTracker(tiny_llama)
+    before = hooks(tiny_llama)
+    tracker = CallTracker(tiny_llama, block_owner(tiny_llama))
     tracker.attach()
     tracker.attach()  # twice is once
-    assert len(tiny_llama._forward_pre_hooks) == 2
+    assert hooks(tiny_llama) == {"": before[""] + 2, "model": 2}
     tracker.detach()
-    assert (list(tiny_llama._forward_hooks), list(tiny_llama._forward_pre_hooks)) == before
+    assert hooks(tiny_llama) == before
     own.remove()
 
 

@@ -221,7 +221,7 @@ DISK = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "c
 DISK |= {f"model.layers.{n}": "cpu" if n < 2 else "disk" for n in range(4)}
 
 
-@pytest.mark.parametrize("weighting", ["subject_relation", "linear"])
+@pytest.mark.parametrize("weighting", ["fact", "linear"])
 def test_an_offloaded_model_is_edited_as_a_plain_one(tmp_path, caplog, weighting):
     pytest.importorskip("accelerate")
     changes = {"weighting": weighting, "layers": (1, 2), "engine": "auto"}
@@ -267,7 +267,7 @@ def test_spread_loads_what_a_plain_load_does(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 1, reason="needs a GPU")
-@pytest.mark.parametrize("weighting", ["subject_relation", "linear"])
+@pytest.mark.parametrize("weighting", ["fact", "linear"])
 def test_each_layers_part_lives_on_its_layers_device(tmp_path, weighting):
     pytest.importorskip("accelerate")
     far = "cuda:1" if torch.cuda.device_count() > 1 else "cpu"

@@ -67,7 +67,7 @@ def test_stacked_networks_equal_a_loop(weighting: str) -> None:
     index = torch.tensor([3, 0, 3])
     assert torch.allclose(stack.on_own(x[index], stack.picked(index)), own[index], atol=1e-6)
     if modules[0].weighting.routed:
-        assert torch.allclose(stack.priority(x), torch.stack([m.weighting.priority(x) for m in modules]), atol=1e-6)
+        assert torch.allclose(stack.match(x), torch.stack([m.weighting.match(x) for m in modules]), atol=1e-6)
 
 
 @pytest.mark.parametrize("weighting", ["constant", "linear", "mlp", Bare])
@@ -179,61 +179,14 @@ def test_the_maps_of_edits_that_compete_are_not_copied() -> None:
     assert (before != after).any(1).tolist() == [False, False, True, False, False]
 
 
-def named(count: int, words: int) -> list[BasisWeightedMap]:
-    """Edits of the default gate whose subjects' tokens are random directions; ``words`` of them before the last."""
-    torch.manual_seed(3)
-    modules = []
-    for e in range(count):
-        module = BasisWeightedMap(D, R, weighting="subject_relation").requires_grad_(False)
-        network: Any = module.weighting
-        network.subject_key.copy_(torch.nn.functional.normalize(torch.randn(D), dim=0))
-        own = torch.nn.functional.normalize(torch.randn(words, D), dim=-1)
-        network.part_keys[:words] = own
-        network.part_share[:words] = 1 / max(words, 1)
-        network.subject_limit.fill_(0.3 if words else 0.6)
-        network.has_subject.fill_(0.0 if e == 0 else 1.0)
-        modules.append(module)
-    return modules
-
-
-@pytest.mark.parametrize("words", [0, 1, 3])
-def test_the_subject_scores_is_that_of_each_prompt(words: int) -> None:
-    modules = named(6, words)
-    lengths = (4, 7, 2)
-    prompts = [torch.randn(n, D) for n in lengths]
-    networks: list[Any] = [module.weighting for module in modules]
-    prompts[0][1] = networks[2].subject_key * 5  # the last token alone
-    prompts[1][3] = networks[4].subject_key
-    prompts[1][:words] = networks[4].part_keys[:words]  # the whole name
-    row = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])
-    column = torch.cat([torch.arange(n) for n in lengths])
-    found = stack_of(modules).subject_scores(torch.cat(prompts), row, column, len(prompts))
-    expected = torch.stack([torch.stack([network.of_prompt(x) for x in prompts]) for network in networks])
-    assert torch.allclose(found, expected, atol=1e-5)
-    assert found[4, 1] > 0.3
-    if words != 1:  # of two words the other one's direction decides
-        assert (found[2, 0] > 0) == (words == 0)  # a name of several words is not there with its last
-    assert (found[0] == 1).all()  # an edit without a subject asks for none
-
-
-@pytest.mark.parametrize("count", [33, 100, 1000])
-def test_every_edit_whose_subject_score_is_positive_is_a_candidate(count: int) -> None:
-    modules = named(count + 1, 0)
-    keys = torch.nn.functional.normalize(torch.randn(count + 1, D + 60), dim=-1)
-    for module, key in zip(modules, keys, strict=True):
-        module.weighting.key.copy_(key)
-        module.weighting.has_subject.fill_(0.0)
-    modules[7].weighting.has_subject.fill_(1.0)  # type: ignore[operator]
-    stack, x = stack_of(modules), torch.randn(3, D)
-    scores = torch.ones(count + 1, 3)
-    scores[7] = torch.tensor([0.01, 0.01, -1.0])  # below all others: a fixed number of candidates would leave it out
-    network = stack.weighting
-    alone = [network.priority_of(torch.tensor([e]), x, scores[e : e + 1])[0] for e in range(count + 1)]
-    every = torch.stack(alone).masked_fill(scores <= 0, -torch.inf)  # (E, P)
-    best, found = stack._best_open(x, scores)
-    assert best.tolist() == every.argmax(0).tolist()
-    assert torch.equal(found, scores.gather(0, best[None])[0])
-    modules[7].weighting.key.copy_(network.network._direction(x[0]) * 2)  # type: ignore[operator]
-    best, _ = stack_of(modules)._best_open(x, scores)
-    assert best[0] == 7
-    assert best[2] != 7
+def test_each_position_gets_the_edit_and_the_stage_that_it_is_given() -> None:
+    modules, x = edits("fact")
+    edit, stage = torch.tensor([3, 0, 3, 1, 0]), torch.tensor([0, 1, 2, 7, 40])
+    update, weights = stack_of(modules).update_of(x, edit, stage)
+    for p, (e, s) in enumerate(zip(edit.tolist(), stage.tolist(), strict=True)):
+        network: Any = modules[e].weighting
+        expected = network(x[p], torch.tensor(min(s, 7)))
+        assert torch.allclose(weights[p], expected, atol=1e-6)
+        own = modules[e].weighting, modules[e].rotation
+        along = (modules[e].source_weight - own[1]) @ x[p] + modules[e].source_bias
+        assert torch.allclose(update[p], (expected * along) @ own[1], atol=1e-4)

@@ -144,7 +144,7 @@ def test_which_names_may_be_repositories(tmp_path, monkeypatch):
 def _card(requests: list[EditRequest], base_name: str = "smollm2-135m", **kwargs) -> tuple[dict, str]:
     description = {
         "base_model": {"name": base_name, "dtype": "float32"}, "layers": [27],
-        "config": {"weighting": "subject_relation", "rank": 12, "positions": "last", "seed": 0},
+        "config": {"weighting": "fact", "rank": 12, "positions": "last", "seed": 0},
         "edits": [{"reached": i != 1} for i, _ in enumerate(requests)],
     }  # fmt: skip
     text = model_card(description, requests, "me/japan", **kwargs)
