@@ -20,7 +20,7 @@ class TemperatureWeighting(baft.WeightingNetwork):
         super().__init__(embed_dim, rank)
         self.temperature = nn.Parameter(torch.full((rank,), float(start)))
 
-    def forward(self, h: Tensor, subject_score: Tensor | None = None) -> Tensor:
+    def forward(self, h: Tensor) -> Tensor:
         return torch.sigmoid(self.temperature).expand(*h.shape[:-1], self.rank)
 
 

@@ -28,14 +28,13 @@ def test_a_bar_is_drawn_on_a_terminal_only(monkeypatch, stream, hidden, shown):
     assert ("reading: " in sys.stderr.getvalue()) is shown
 
 
-@pytest.mark.parametrize("relation_layers", [(), (2,)])
-def test_the_total_of_the_bank_is_reached(monkeypatch, relation_layers):
+def test_the_total_of_the_bank_is_reached(monkeypatch):
     bars = []
     real = progress.progress_bar
     monkeypatch.setattr("baft_intervention.training.bank.progress_bar", lambda *a: bars.append(real(*a)) or bars[-1])
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.delenv(progress.HIDE, raising=False)
     texts = ["The capital of France is Paris.", "He was born in London."]
-    get_bank(tiny_model(), tiny_tokenizer(), (1,), relation_layers=relation_layers, texts=texts, cache=False)
+    get_bank(tiny_model(), tiny_tokenizer(), (1,), texts=texts, cache=False)
     (bar,) = bars
-    assert bar.n == bar.total > len(texts)
+    assert bar.n == bar.total == len(texts)

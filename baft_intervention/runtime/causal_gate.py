@@ -307,7 +307,7 @@ class CausalGate:
         """
         if not reading.candidates:
             return []
-        z, places = (tensor.float().cpu() for tensor in self.relations(reading))
+        z, *_, places = (tensor.float().cpu() for tensor in self.relations(reading))
         keys, thresholds = (self.weighting.state[name].cpu() for name in ("key", "threshold"))
         found = []
         for i, candidate in enumerate(reading.candidates):

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from baft_intervention.core.positions import PositionRule, prompt_positions
+from baft_intervention.core.positions import prompt_positions
 from baft_intervention.editor.editor import BaftEditor
 from baft_intervention.errors import AdapterError, BaftError, ConfigError, EditError, PositionError, RequestError
 from baft_intervention.models.tokenization import encode_prompt
@@ -68,7 +68,11 @@ def test_an_ending_is_trained_behind_the_target_and_is_not_of_it(tiny_llama, tok
     assert ended.ids == [*plain.ids, end]
     assert ended.labels[-1] == end
     assert (plain.ending, ended.ending) == (0, 1)
-    assert ended.positions == plain.positions
+    n = plain.prompt_length
+    assert plain.positions == [n - 1]  # the default gate: where the answer begins, and on its own tokens
+    assert ended.positions == [n - 1, n]
+    at_last = config(ending="?", weighting="linear")
+    assert encode_request(tokenizer, FRANCE, at_last).positions == plain.positions
     stopped = dataclasses.replace(FRANCE, target_new="Japan.")
     assert encode_request(tokenizer, stopped, config(ending="?")).ending == 0  # it ends already
     eos = encode_request(tokenizer, FRANCE, config(ending="?", append_eos=True))
@@ -231,11 +235,16 @@ FAILING = {
     "the same id twice": ([LEO, dataclasses.replace(FRANCE, id="leo")], {}, RequestError, "the id 'leo' is taken"),
     "an id that is taken": ([dataclasses.replace(FRANCE, id="tower")], {}, RequestError, "the id 'tower' is taken"),
     "subject not in the prompt": (
-        [LEO, NOWHERE], {"positions": "subject"}, PositionError,
+        [LEO, NOWHERE], {"weighting": "linear", "positions": "subject"}, PositionError,
         "edits.json:3: .*the subject 'Japan' does not occur in the prompt 'The capital of France is'",
     ),
-    "subject twice in the prompt": ([TWICE], {"positions": "subject_all"}, PositionError, "'Leo' occurs 2 times"),
-    "no subject": ([NAMELESS], {"positions": "subject"}, PositionError, "has no subject"),
+    "subject not in the prompt, by the default gate": (
+        [LEO, NOWHERE], {}, RequestError, "edits.json:3: .*the subject 'Japan' is not in the prompt; did you mean 'France'",
+    ),
+    "subject twice in the prompt": (
+        [TWICE], {"weighting": "linear", "positions": "subject_all"}, PositionError, "'Leo' occurs 2 times",
+    ),
+    "no subject": ([NAMELESS], {"weighting": "linear", "positions": "subject"}, PositionError, "has no subject"),
 }  # fmt: skip
 
 
@@ -502,34 +511,6 @@ def test_a_real_model_changes_its_mind_and_back(smollm2, tmp_path):
         editor.detach()
     assert digest(model) == weights
     assert hooks(model) == {}
-
-
-def test_a_subject_of_several_tokens_is_known_by_all_of_them(editor):
-    editor.edit(FACTS)
-    for edit in editor.edits:
-        tensors = next(iter(edit.tensors.values()))
-        [request] = edit.requests
-        ids = encode_prompt(editor.tokenizer, request.prompt)
-        rule = PositionRule("subject_all")
-        tokens = len(prompt_positions(rule, editor.tokenizer, request.prompt, ids, request.subject))
-        used = tensors["weighting.part_share"].nonzero().flatten().tolist()
-        assert used == list(range(min(tokens - 1, 8)))
-        assert tensors["weighting.part_share"].sum() == pytest.approx(float(tokens > 1))
-        keys = tensors["weighting.part_keys"].norm(dim=-1)
-        assert torch.allclose(keys, (tensors["weighting.part_share"] > 0).float(), atol=1e-5)
-
-
-def test_the_subject_question_can_be_left_out_for_subjects_of_several_tokens_too(tiny_llama, tokenizer):
-    found = []
-    for threshold in (0.56, -1.0):
-        options = {"name_threshold": threshold, "relation_threshold": -1.0, "same_relation": -1.0}
-        editor = tiny_editor(tiny_llama, tokenizer, weighting_options=options)
-        editor.edit(TOWER)
-        with editor.enabled(False):
-            before = logits(tiny_llama, tokenizer, "He was")
-        found.append(torch.equal(logits(tiny_llama, tokenizer, "He was"), before))
-        editor.detach()
-    assert found == [True, False]
 
 
 def test_an_editor_has_one_config(editor):

@@ -405,9 +405,9 @@ def test_settings_that_do_not_fit_are_named(tmp_path: Path, options: dict[str, A
         BaftTrainer(model, arguments(tmp_path), **options, **module_for(model))
 
 
-def test_a_weighting_that_reads_two_layers_is_sent_to_the_editor(tmp_path: Path) -> None:
-    model = reft(weighting="subject_relation")
-    with pytest.raises(ConfigError, match="SubjectRelationWeighting also reads an earlier layer.*BaftEditor"):
+def test_a_gate_that_reads_tokens_is_sent_to_the_editor(tmp_path: Path) -> None:
+    model = reft(weighting="fact")
+    with pytest.raises(ConfigError, match="FactWeighting reads tokens and several layers.*BaftEditor"):
         BaftTrainer(model, arguments(tmp_path), bank={2: torch.randn(9, D)}, **module_for(model))
 
 

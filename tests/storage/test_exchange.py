@@ -261,11 +261,11 @@ SPOILED = {
     ),
     "a gate of another form": (
         _describe(_rename_gate, seal=True),
-        "is missing; the adapter's gate 'subject_relation' has another form.*edit again: its requests are in adapter.json",
+        "is missing; the adapter's gate 'fact' has another form.*edit again: its requests are in adapter.json",
     ),
     "another layout of the gate": (
         _set("weighting_layout", 99),
-        "has layout 99 of the gate 'subject_relation', but this version reads layout 3; load it with baft_intervention 0.1.0",
+        "has layout 99 of the gate 'fact', but this version reads layout 1; load it with baft_intervention 0.1.0",
     ),
     "other layers": (_set("layers", [1]), "layers .1., but the settings say .3."),
     "an edit without requests": (_set("edits", [{}, {}]), r"edits\[0\]: "),
@@ -278,7 +278,7 @@ SPOILED = {
         "two edits are called 'france'",
     ),
     "another rank": (_setting("rank", 3), "rank = 3, but this editor has 4"),
-    "another weighting": (_setting("weighting", "linear"), "weighting = 'linear', but this editor has 'subject_relation'"),
+    "another weighting": (_setting("weighting", "linear"), "weighting = 'linear', but this editor has 'fact'"),
     "an unknown setting": (_setting("code", "import os"), "unknown setting 'code'"),
     "a setting out of range": (_setting("rank", 0), "rank is 0"),
 }  # fmt: skip

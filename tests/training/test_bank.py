@@ -12,7 +12,6 @@ from baft_intervention.errors import ConfigError
 from baft_intervention.models.structure import find_blocks
 from baft_intervention.training import bank as bank_module
 from baft_intervention.training.bank import Bank, encode_texts, get_bank, shipped_texts
-from baft_intervention.training.relation_dictionary import dictionary
 from edits import BANK, FRANCE, tiny_editor
 from tiny import tiny_model
 
@@ -22,15 +21,12 @@ LAYERS = (1, 2)
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("BAFT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(bank_module, "dictionary", lambda: dictionary()[:40])  # quick
     return tmp_path / "cache"
 
 
 def same(one: Bank, other: Bank) -> bool:
-    return all(
-        getattr(one, kind).keys() == getattr(other, kind).keys()
-        and all(torch.equal(x, getattr(other, kind)[layer]) for layer, x in getattr(one, kind).items())
-        for kind in ("unrelated", "relations", "starts")
+    return one.unrelated.keys() == other.unrelated.keys() and all(
+        torch.equal(x, other.unrelated[layer]) for layer, x in one.unrelated.items()
     )
 
 
@@ -46,9 +42,8 @@ def test_a_text_gives_its_last_token_and_three_inside(tiny_llama, tokenizer) -> 
     rows = encode_texts(tokenizer, ["", *BANK, "long " * 200])
     assert len(rows) == len(BANK) + 1
     assert max(map(len, rows)) == 64
-    bank = get_bank(tiny_llama, tokenizer, LAYERS, texts=BANK, relation_layers=(2,), cache=False)
-    assert set(bank.unrelated) == set(bank.starts) == {1, 2}
-    assert set(bank.relations) == {2}
+    bank = get_bank(tiny_llama, tokenizer, LAYERS, texts=BANK, cache=False)
+    assert set(bank.unrelated) == {1, 2}
     counts = [min(4, max(len(row) - 1, 1)) for row in encode_texts(tokenizer, BANK)]
     assert len(bank.unrelated[1]) == sum(counts)
     with pytest.raises(ConfigError, match="bank_texts has no text with a token"):
@@ -73,7 +68,7 @@ def test_the_cached_bank_is_the_base_models(tokenizer, state: str) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.5
-    clean = get_bank(model, tokenizer, LAYERS, texts=BANK, relation_layers=(2,), cache=False)
+    clean = get_bank(model, tokenizer, LAYERS, texts=BANK, cache=False)
     if state == "another editor's edits":
         tiny_editor(model, tokenizer, weighting="constant", positions="all", layers=(1,)).edit(FRANCE)
     elif state == "a user's hook":
@@ -83,8 +78,8 @@ def test_the_cached_bank_is_the_base_models(tokenizer, state: str) -> None:
     else:
         model.train()
     hooks = [list(module._forward_hooks) for module in model.modules()]
-    get_bank(model, tokenizer, LAYERS, texts=BANK, relation_layers=(2,))
-    cached = get_bank(model, tokenizer, LAYERS, texts=BANK, relation_layers=(2,))
+    get_bank(model, tokenizer, LAYERS, texts=BANK)
+    cached = get_bank(model, tokenizer, LAYERS, texts=BANK)
     assert same(cached, clean)
     assert [list(module._forward_hooks) for module in model.modules()] == hooks
     assert model.training == (state == "train mode")

@@ -760,7 +760,7 @@ def networks() -> Any:
             self.right = nn.Parameter(torch.randn(rank, embed_dim) / embed_dim**0.5)
             self.register_buffer("scale", torch.rand(rank))
 
-        def forward(self, h: Tensor, subject_score: Tensor | None = None) -> Tensor:
+        def forward(self, h: Tensor) -> Tensor:
             return torch.sigmoid(self.scale * (h @ self.left.mT) * (h @ self.right.mT))
 
     @register_weighting("test-branching")
@@ -769,7 +769,7 @@ def networks() -> Any:
             super().__init__(embed_dim, rank)
             self.bias = nn.Parameter(torch.randn(rank))
 
-        def forward(self, h: Tensor, subject_score: Tensor | None = None) -> Tensor:
+        def forward(self, h: Tensor) -> Tensor:
             sign = 1.0 if float(h.sum()) > 0 else -1.0  # not for vmap
             return torch.sigmoid(sign * self.bias).expand(*h.shape[:-1], self.rank)
 

@@ -1,18 +1,23 @@
-"""What training starts from: rows behind other sentences (augmentation)."""
+"""What training starts from: rows of other forms, keys of the default gate, rows behind other sentences (augmentation)."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 
 from baft_intervention.config import MOST_AUGMENTATIONS, BaftConfig
 from baft_intervention.errors import ConfigError
+from baft_intervention.gates import RelationEncoder
+from baft_intervention.gates.relation_encoder import read_layers
+from baft_intervention.requests import EditRequest
 from baft_intervention.training.bank import Bank
 from baft_intervention.training.encoding import encode_requests
 from baft_intervention.training.gate_initialisation import make_jobs
-from baft_intervention.training.relation_dictionary import OPENINGS
+from baft_intervention.training.relation_texts import OPENINGS
+from baft_intervention.training.relation_training import encode_rows
 from edits import FACTS, FRANCE, LEO, next_word, tiny_editor
 
 PLAIN = BaftConfig(rank=2, layers=(1,), weighting="constant")
@@ -66,6 +71,24 @@ def test_the_gate_starts_from_the_request_alone(tiny_llama, tokenizer):
         keys.append(next(iter(edit.tensors.values()))["weighting.key"])
         editor.detach()
     assert torch.equal(*keys)
+
+
+def test_the_default_gate_trains_the_requests_forms_and_its_key_is_their_mean(tiny_llama, tokenizer):
+    config = BaftConfig(rank=2, layers=(3,))
+    encoder = RelationEncoder().build(32)
+    shared = {3: {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}}
+    question = EditRequest("What is the capital of France?", "Japan", subject="France")
+    encoded = [encode_requests(tokenizer, [r], config) for r in (question, FRANCE)]
+    job, plain = make_jobs(tiny_llama, tokenizer, config, (3,), encoded, shared=shared, bank=Bank())
+    assert [tokenizer.decode(row.ids[: row.prompt_length]) for row in job.rows] == [
+        question.prompt, "The capital of France is",
+    ]  # fmt: skip
+    assert len(plain.rows) == 1  # neither a question nor, with this tokenizer, a chat
+    prompts = [row.ids[: row.prompt_length] for row in job.rows]
+    z = encode_rows(tiny_llama, tokenizer, encoder, read_layers((3,), 4), prompts)
+    network: Any = job.maps[3].weighting
+    assert torch.allclose(network.key, torch.nn.functional.normalize(z.mean(0), dim=0), atol=1e-5)
+    assert torch.allclose(network.key.norm(), torch.tensor(1.0))
 
 
 @pytest.mark.parametrize("wrong", [-1, MOST_AUGMENTATIONS + 1, 1.5, True])
