@@ -18,7 +18,8 @@ from ..requests import EditRequest, Message
 from .subjects import with_subject
 from .types import EncodedRequest, TrainingRow
 
-_COPULA = re.compile(r"(?:what|who|which) (is|are|was|were) (.+?)\s*\?", re.IGNORECASE)
+_COPULA_FIRST = re.compile(r"(?:what|who|which) (is|are|was|were) (.+?)\s*\?", re.IGNORECASE)
+_COPULA_LAST = re.compile(r"(.+) (is|are|was|were)")
 
 
 def encode_requests(tokenizer: Any, requests: Sequence[EditRequest], config: BaftConfig) -> list[EncodedRequest]:
@@ -76,27 +77,42 @@ def ending_ids(tokenizer: Any, request: EditRequest, target_ids: Sequence[int], 
 
 
 def other_forms(tokenizer: Any, request: EditRequest) -> list[EditRequest]:
-    """The same request as people put it elsewhere: in chat where it is a text, as a text where it is a chat, as a statement.
+    """The same request as people put it elsewhere: as a question, as an unfinished statement, and in chat.
 
-    "What is the capital of Japan?" becomes "The capital of Japan is"; a question of another build is followed by "The answer
-    is". A tokenizer without a chat template has no chat.
+    A tokenizer without a chat template has no chat.
     """
-    question = request.question.strip()
-    forms = []
+    said = request.question.strip()
+    asks = said.endswith("?")
+    question = said if asks else as_question(said)
+    texts = [as_statement(said) if asks else question]
     if request.messages:
-        forms.append(dataclasses.replace(request, prompt=question, messages=(), chat_template=""))
-    else:
+        texts.append(said)
+    forms = [dataclasses.replace(request, prompt=text, messages=(), chat_template="") for text in texts]
+    if not request.messages:
         messages = (Message("user", question),)
         with contextlib.suppress(RequestError):
             forms.append(dataclasses.replace(request, prompt=render_chat(tokenizer, messages), messages=messages))
-    if question.endswith("?"):
-        forms.append(dataclasses.replace(request, prompt=as_statement(question), messages=(), chat_template=""))
     return forms
 
 
 def as_statement(question: str) -> str:
-    """An unfinished statement that the question's answer completes."""
-    if found := _COPULA.fullmatch(question):
+    """An unfinished statement that the question's answer completes.
+
+    "What is the capital of Japan?" becomes "The capital of Japan is"; a question of another build is followed by "The answer is".
+    """
+    if found := _COPULA_FIRST.fullmatch(question):
         verb, rest = found.groups()
         return f"{rest[:1].upper()}{rest[1:]} {verb.lower()}"
     return f"{question} The answer is"
+
+
+def as_question(statement: str) -> str:
+    """A question whose answer completes the unfinished statement.
+
+    "The capital of Japan is" becomes "What is the capital of Japan?", "Leo was born in" becomes "Leo was born in what?".
+    """
+    if found := _COPULA_LAST.fullmatch(statement):
+        rest, verb = found.groups()
+        article = rest.partition(" ")[0] in ("The", "A", "An")
+        return f"What {verb} {rest[:1].lower() if article else rest[:1]}{rest[1:]}?"
+    return f"{statement.rstrip(' :')} what?"

@@ -124,6 +124,8 @@ class _Writer:
                 yield RelationText(asked + text, subject=name, running=True)
             else:
                 yield RelationText(text, subject=name, running=True)
+        for number, relation in enumerate(self.relations):
+            yield from self.told(number, relation)
 
     def asked(self, number: int, relation: dict[str, Any]):
         """The relation in all its words, some of them in chat, after ``Q:``, behind other text or a turn about another subject."""
@@ -149,6 +151,15 @@ class _Writer:
         name, before = self.subject(relation), self.subject(other)
         turn = (_sentence(self.random.choice(other["questions"]), before), self.random.choice(self.everyone))
         yield RelationText(self.chat(_sentence(questions[-1], name), turn), number, subject=name)
+
+    def told(self, number: int, relation: dict[str, Any]):
+        """The relation in running text and as a keyword."""
+        for opening in (self.said(), f"{self.said()} {self.said()}", self.random.choice(_BEFORE)):
+            name = self.subject(relation)
+            yield RelationText(f"{opening} {_sentence(self.random.choice(relation['statements']), name)}", number, subject=name)
+        name = self.subject(relation)
+        form = self.random.choice(("{} {}:", "{} - {}:", "{}, {}:", "{}\n{}:"))
+        yield RelationText(form.format(name, relation["name"]), number, subject=name)
 
     def said(self) -> str:
         """A whole sentence about something."""

@@ -38,7 +38,7 @@ SHIPPED = Path(__file__).with_name("encoders")
 _FORMAT = 1  # raise it when texts or training change: encoders are then trained again
 _MOST_TOKENS = 160  # of a text; a longer one is cut off
 _MOST_NUMBERS = 1.5e9  # of all tokens' states; of a wider model fewer relations are read
-STEPS = 800
+STEPS = 600
 HELD_OUT = 12  # one relation in so many takes no part in the training, and calibrates
 
 
@@ -217,11 +217,11 @@ def train_encoder(
     read: ReadTexts,
     *,
     steps: int = 600,
-    relations: int = 40,
+    relations: int = 36,
     wordings: int = 6,
     learning_rate: float = 2e-3,
     temperature: float = 0.07,
-    negative_weight: float = 1.0,
+    negative_weight: float = 1.5,
     dropout: float = 0.1,
     seed: int = 0,
     done: Callable[[int], object] = lambda steps: None,
@@ -259,7 +259,7 @@ def train_encoder(
     for _ in range(steps):
         chosen = some(taught, relations).tolist()
         asked = torch.cat([some(own[r], wordings) for r in chosen])
-        others = torch.cat([*(some(nearly[r], 3) for r in chosen), some(general, 16)])
+        others = torch.cat([*(some(nearly[r], 4) for r in chosen), some(general, 16)])
         texts = some(prose, 12)
         index = torch.cat([asked, others, texts])
         n, ends = len(asked), len(asked) + len(others)
