@@ -3,8 +3,8 @@
     python benchmarks/gates.py --data-dir PATH --n 50 [--layer 27] [--json FILE]
 
 Reads the training and validation records of benchmarks/sweep.py. For each record the gate starts from the request, as before an
-edit, and answers the record's probes. The table shows the share that passes the subject question, and the share that passes both
-questions (with the gate's own margin, and with other margins).
+edit, and reads the record's probes. The table shows the share of probes at whose end each question is answered with yes (the subject is
+named, it is asked about, the relation fits), all of them together, and all of them with other thresholds of the cosine.
 """
 
 from __future__ import annotations
@@ -23,13 +23,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from baft_intervention import BaftConfig, BaftEditor, EditRequest
-from baft_intervention.gates import SubjectRelationWeighting
+from baft_intervention.analysis.inspection import let_read
+from baft_intervention.analysis.tension import edit_gate
+from baft_intervention.models.tokenization import encode_prompt
+from baft_intervention.runtime.adapter import Edit
 from baft_intervention.runtime.representations import read_blocks
 from baft_intervention.training.encoding import encode_requests
 from baft_intervention.training.gate_initialisation import make_jobs
+from baft_intervention.training.maps import map_tensors
 
 PARTS = ("zsre", "counterfact", "wiki_counterfact", "wiki_recent")  # of benchmarks/sweep.py
-MARGINS = (-0.45, -0.34, -0.28, -0.2, -0.1, 0.0)
+THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8)
+Answer = dict[str, float]
 
 
 def main() -> int:
@@ -41,15 +46,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=3, help="of the draw of records; default: 3")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    config = BaftConfig(weighting="subject_relation", layers=None if args.layer is None else (args.layer,))
+    config = BaftConfig(layers=None if args.layer is None else (args.layer,))
     editor = BaftEditor.from_pretrained(args.model, config)
-    asked: dict[str, list[dict[str, float]]] = defaultdict(list)
+    asked: dict[str, list[Answer]] = defaultdict(list)
     for part in PARTS:
         for name, answers in probe_part(editor, sweep.load_part(args, part)).items():
             asked[f"{part} {name}"] += answers
     rows = {name: shares(answers) for name, answers in sorted(asked.items())}
     columns = list(next(iter(rows.values())))
-    print(f"block {editor.adapter.layers[0]}, subject read at block {editor.adapter.read_layer}; share open, %\n")
+    print(f"blocks {', '.join(map(str, editor.adapter.read_layers))}; share open, %\n")
     print("| probes | " + " | ".join(columns) + " |\n|---|" + "---:|" * len(columns))
     for name, row in rows.items():
         print(f"| {name} | " + " | ".join(f"{row[c]:g}" for c in columns) + " |")
@@ -59,10 +64,9 @@ def main() -> int:
 
 
 @torch.no_grad()
-def probe_part(editor: BaftEditor, requests: Sequence[EditRequest]) -> dict[str, list[dict[str, float]]]:
-    """``probe group -> [{subject, relation, nearest}]``: the gate's three numbers for every probe of the records."""
-    adapter, layer = editor.adapter, editor.adapter.layers[0]
-    read_layer = adapter.read_layer or 0
+def probe_part(editor: BaftEditor, requests: Sequence[EditRequest]) -> dict[str, list[Answer]]:
+    """``probe group -> answers``: what the gate of each record hears at the end of the record's probes."""
+    adapter = editor.adapter
     editor.prepare()
     jobs = make_jobs(
         editor.model,
@@ -73,42 +77,40 @@ def probe_part(editor: BaftEditor, requests: Sequence[EditRequest]) -> dict[str,
         shared=adapter.shared,
         bank=editor._bank(),
     )
-    found: dict[str, list[dict[str, float]]] = defaultdict(list)
+    found: dict[str, list[Answer]] = defaultdict(list)
     for job in jobs:
-        network: Any = job.maps[layer].weighting
-        assert isinstance(network, SubjectRelationWeighting)
+        tensors = {layer: map_tensors(module) for layer, module in job.maps.items()}
+        edit = Edit(job.requests[0].id, job.requests, tensors, {}, 0.0, 0, 0.0, True)
+        gate = edit_gate(adapter, edit)
+        threshold = float(gate.weighting.state["threshold"][0])
         probes = job.requests[0].probes
-        if not probes:
-            continue
-        rows = [list(editor.tokenizer(probe.prompt)["input_ids"]) for probe in probes]
-        early = read_blocks(editor.model, editor.tokenizer, rows, [range(len(row)) for row in rows], [read_layer])[
-            read_layer
-        ]
-        late = read_blocks(editor.model, editor.tokenizer, rows, [[len(row) - 1] for row in rows], [layer])[layer]
-        for probe, tokens, last in zip(probes, early, late, strict=True):
-            own, nearest, template = network.similarities(last)
-            answer = {
-                "subject": float(network.of_prompt(tokens)),
-                "relation": float(own),
-                "nearest": float(nearest),
-                "margin": float(network.margin),
-                "in template": float(template > max(network.same_sentence, own)),
-            }
-            found[f"{probe.kind} {probe.group}".strip()].append(answer)
+        rows = [encode_prompt(editor.tokenizer, probe.prompt) for probe in probes]
+        every = [range(len(row)) for row in rows]
+        blocks = read_blocks(editor.model, editor.tokenizer, rows, every, adapter.read_layers) if rows else {}
+        for i, (probe, row) in enumerate(zip(probes, rows, strict=True)):
+            reading = let_read(gate, adapter, row, {layer: states[i] for layer, states in blocks.items()})
+            heard = zip(reading.candidates, gate.explain(reading), strict=True)
+            cosine, asked, is_open = next(
+                (own[edit.id] for candidate, own in heard if candidate.column == len(row) - 1 and edit.id in own),
+                (-1.0, -1.0, False),
+            )
+            found[f"{probe.kind} {probe.group}".strip()].append(
+                {"cosine": cosine, "asked": asked, "open": float(is_open), "threshold": threshold}
+            )
     return found
 
 
-def shares(answers: list[dict[str, float]]) -> dict[str, float]:
+def shares(answers: Sequence[Answer]) -> dict[str, float]:
+    """Percentages of probes; a probe that does not name the subject has ``asked`` -1."""
+
     def share(condition: Any) -> float:
         return round(100.0 * sum(condition(a) for a in answers) / len(answers), 1)
 
-    def both(a: dict[str, float], margin: float) -> bool:
-        return a["subject"] > 0 and a["relation"] > a["nearest"] + margin and not a["in template"]
-
-    row = {"n": float(len(answers)), "subject": share(lambda a: a["subject"] > 0)}
-    row["both"] = share(lambda a: both(a, a["margin"]))
-    for margin in MARGINS:
-        row[f"margin {margin:g}"] = share(lambda a, margin=margin: both(a, margin))
+    row = {"n": float(len(answers)), "named": share(lambda a: a["asked"] >= 0)}
+    row["relation fits"] = share(lambda a: a["cosine"] > a["threshold"])
+    row["open"] = share(lambda a: a["open"] > 0)
+    for threshold in THRESHOLDS:
+        row[f"above {threshold:g}"] = share(lambda a, t=threshold: a["cosine"] > t)
     return row
 
 

@@ -220,15 +220,14 @@ def _settings(args: argparse.Namespace) -> BaftConfig:
 
 def _usable(editor: BaftEditor, requests: Sequence[EditRequest]) -> tuple[list[EditRequest], list[str]]:
     """Requests that can be trained, and the errors of the others."""
-    from ..models.chat import render_request
-    from ..training.encoding import encode_request
+    from ..training.encoding import encode_requests
 
     good: dict[str, EditRequest] = {}
     bad = []
     for request in requests:
         try:
-            request = render_request(editor.tokenizer, request)
-            encode_request(editor.tokenizer, request, editor.config)
+            [encoded] = encode_requests(editor.tokenizer, [request], editor.config)
+            request = encoded.request
             if request.prompt in good:
                 raise RequestError(f"{request.where}: an earlier request has the same prompt")
         except BaftError as error:

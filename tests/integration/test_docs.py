@@ -69,7 +69,7 @@ def test_the_table_of_gates_is_complete():
     rows = re.findall(r"^\| (`.*?) \|", _page("concepts.md").split("## Gates")[1], flags=re.MULTILINE)
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row)} - {"weighting"}  # the table's head
     shipped = {name for name in weighting_names() if name != "mine"}  # a test may have registered its own
-    assert {"subject_relation", "cosine", "linear", "mlp", "constant"} <= named <= shipped
+    assert {"fact", "cosine", "linear", "mlp", "constant"} <= named <= shipped
 
 
 def test_the_error_is_the_one_that_is_shown(tmp_path, monkeypatch, capsys):

@@ -169,6 +169,16 @@ def test_a_row_is_cut_at_the_longest_prompt_that_is_known(tok):
     torch.testing.assert_close(edited(**unknown).logits, edited.model(**unknown).logits)
 
 
+def test_the_default_gate_needs_no_prompt(tok):
+    edited, _ = apply_baft_to_model(tiny_model("llama"), tok, [FRANCE], BaFTHyperParams("tiny", config()))
+    assert edited.state.prompts == set()
+    assert reached(edited, tok, FRANCE) == [True]
+    ids = tok(f"{FRANCE['prompt']} Paris and", return_tensors="pt")
+    with torch.no_grad(), edited.editor.adapter.prompts([2]):  # whatever is told
+        told = edited(**ids).logits
+    assert torch.equal(edited(**ids).logits, told)
+
+
 def test_prompts_and_requests_are_read_from_easyedits_fields():
     assert easyedit.prompts_of(FRANCE) == [
         FRANCE["prompt"], FRANCE["rephrase_prompt"], "Who is she? Leo", "The president of France is",

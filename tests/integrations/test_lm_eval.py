@@ -41,8 +41,10 @@ def one_by_one(editor: Any, context: list[int], answer: list[int]) -> tuple[floa
     return total, greedy
 
 
+@pytest.mark.parametrize("changes", [{"weighting": "constant", "layers": (1,)}, {}], ids=["constant", "fact"])
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_answers_are_scored_behind_the_edited_context(editor, batch_size):
+def test_answers_are_scored_behind_the_edited_context(batch_size, changes):
+    editor = tiny_editor(tiny_model("llama"), tiny_tokenizer(), **changes)
     editor.edit([FRANCE, LEO])
     pairs = pairs_of(editor.tokenizer)
     found = answer_log_probs(editor, pairs, batch_size=batch_size, max_length=256)
