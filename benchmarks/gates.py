@@ -3,8 +3,8 @@
     python benchmarks/gates.py --data-dir PATH --n 50 [--layer 27] [--json FILE]
 
 Reads the training and validation records of benchmarks/sweep.py. For each record the gate starts from the request, as before an
-edit, and reads the record's probes. The table shows the share of probes at whose end each question is answered with yes (the subject is
-named, it is asked about, the relation fits), all of them together, and all of them with other thresholds of the cosine.
+edit, and reads the record's probes. The table shows at the end of how many of them the subject is named, the relation fits, and the
+gate is open, and how many pass other thresholds of the cosine.
 """
 
 from __future__ import annotations
