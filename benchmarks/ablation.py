@@ -1,7 +1,7 @@
 """What each part of the default is worth: the method with one thing changed at a time, on training and validation records.
 
     python benchmarks/ablation.py --out benchmarks/results/ablation --n 40
-    python benchmarks/ablation.py --out DIR --variants "default;cosine;no competitors"
+    python benchmarks/ablation.py --out DIR --variants "default;cosine;no relation question"
     python benchmarks/ablation.py --out DIR --stream --variants "default;cosine"
 
 Every variant edits the same n records of each part (see benchmarks/sweep.py, which leaves out test records), one at a time. ZsRE
@@ -47,8 +47,8 @@ from baft_intervention.requests import EditRequest, Probe
 from baft_intervention.training.bank import shipped_texts
 
 NETWORK = "weighting_options"
-SMALL_BANK = "small bank"  # a quarter of the texts
-QUESTIONS = "bank of Natural Questions"  # of the kind that unrelated locality is measured with
+SMALL_BANK = "cosine, small bank"  # a quarter of the texts
+QUESTIONS = "cosine, bank of Natural Questions"  # of the kind that unrelated locality is measured with
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "default": ("baft", {}),
     "loreft": ("loreft", {}),
@@ -59,24 +59,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "constant, output loss": ("baft", {"weighting": "constant", "output_coefficient": 1.0}),
     "whitened": ("baft", {"weighting": "whitened", "locality_coefficient": 1.0}),
     "cosine": ("baft", {"weighting": "cosine"}),
-    "no subject question": (
-        "baft",
-        {NETWORK: {"subject_threshold": -1.0, "name_threshold": -1.0, "false_positive_rate": 0.999}},
-    ),
-    "no relation question": ("baft", {NETWORK: {"relation_threshold": -1.0, "same_relation": -1.0}}),
-    "no competitors": ("baft", {NETWORK: {"same_relation": -1.0}}),
-    "no own sentence": ("baft", {NETWORK: {"same_sentence": 1.0}}),
-    "no second half": ("baft", {NETWORK: {"components": 0, "same_relation": 0.7}}),
-    "one margin": ("baft", {NETWORK: {"question_margin": -0.34}}),
-    "margin -0.45": ("baft", {NETWORK: {"margin": -0.45}}),
-    "margin -0.2": ("baft", {NETWORK: {"margin": -0.2}}),
+    "no relation question": ("baft", {NETWORK: {"false_openings": 0.999}}),
+    "gate 0.03": ("baft", {NETWORK: {"false_openings": 0.03}}),
+    "gate 0.003": ("baft", {NETWORK: {"false_openings": 0.003}}),
     "balance loss": ("baft", {"balance_coefficient": 0.1}),
-    "no ending": ("baft", {"ending": ""}),
+    "full stop": ("baft", {"ending": "."}),
     "end of sequence": ("baft", {"append_eos": True}),
     "identity start": ("baft", {"init": "identity"}),
     "constant rate": ("baft", {"schedule": "constant"}),
-    SMALL_BANK: ("baft", {}),
-    QUESTIONS: ("baft", {}),
+    SMALL_BANK: ("baft", {"weighting": "cosine"}),
+    QUESTIONS: ("baft", {"weighting": "cosine"}),
     "augmented": ("baft", {"augmentations": 4}),
     "linear, augmented": ("baft", {"weighting": "linear", "locality_coefficient": 1.0, "augmentations": 4}),
 }
