@@ -10,7 +10,7 @@ import pytest
 from baft_intervention import EditRequest
 from baft_intervention.data import load_requests
 from baft_intervention.errors import DataError, RequestError
-from baft_intervention.models.chat import around_question, is_conversation, render_chat, render_request
+from baft_intervention.models.chat import chat_marks, is_conversation, render_chat, render_request
 from baft_intervention.requests import Message
 from edits import FRANCE, adapter_bytes, config, tiny_editor, unchanged
 from tiny import tiny_model, tiny_tokenizer
@@ -88,8 +88,6 @@ def test_a_request_may_be_a_conversation():
     assert rendered.prompt == "user: The capital of France is<eos>assistant:"
     assert (rendered.chat_template, rendered.id, rendered.question) == (TEMPLATE, request.id, request.prompt)
     assert render_request(chat_tokenizer("{{ messages }}"), rendered) == rendered  # the recorded template is kept
-    assert around_question(rendered) == ("user: ", "<eos>assistant:")
-    assert around_question(FRANCE) == ("", "")
     for one in (request, rendered, FRANCE):
         assert EditRequest.from_dict(json.loads(json.dumps(one.to_dict()))) == one
     assert "messages" not in FRANCE.to_dict()
@@ -99,6 +97,17 @@ def test_a_request_may_be_a_conversation():
         EditRequest("a", "b", chat_template=TEMPLATE)
     with pytest.raises(RequestError, match="prompt is a conversation, and messages are given too"):
         EditRequest(ASK, "b", messages=ASK)  # pyright: ignore[reportArgumentType]
+
+
+def test_the_marks_around_an_answer_are_those_of_the_template():
+    tokenizer = chat_tokenizer()
+    header, end = chat_marks(tokenizer)
+    assert tokenizer.decode(header) == "<eos>assistant:"
+    assert end == tokenizer.eos_token_id
+    assert chat_marks(tiny_tokenizer()) == ([], None)
+    assert chat_marks(chat_tokenizer("{{ raise_exception('no') }}")) == ([], None)
+    plain = chat_tokenizer("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    assert chat_marks(plain)[1] == plain.eos_token_id  # a text that no special token ends
 
 
 def test_what_is_one_conversation_and_what_are_several_prompts():
