@@ -90,9 +90,9 @@ def probe_part(editor: BaftEditor, requests: Sequence[EditRequest]) -> dict[str,
         for i, (probe, row) in enumerate(zip(probes, rows, strict=True)):
             reading = let_read(gate, adapter, row, {layer: states[i] for layer, states in blocks.items()})
             heard = zip(reading.candidates, gate.explain(reading), strict=True)
-            cosine, asked, is_open = next(
+            cosine, asked, _, is_open = next(
                 (own[edit.id] for candidate, own in heard if candidate.column == len(row) - 1 and edit.id in own),
-                (-1.0, -1.0, False),
+                (-1.0, -1.0, False, False),
             )
             found[f"{probe.kind} {probe.group}".strip()].append(
                 {"cosine": cosine, "asked": asked, "open": float(is_open), "threshold": threshold}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ import pytest
 import torch
 import transformers
 
+from edits import ASKED, leave_encoders_untrained
 from tiny import ARCHS, tiny_model, tiny_tokenizer
 
 PIN = "4.45.1"  # the version of transformers that pyreft 0.1.0 pins
@@ -68,28 +68,19 @@ def no_deprecations() -> Iterator[None]:
     assert handler.texts == [], "transformers says that something is deprecated"
 
 
+@pytest.fixture(autouse=True, scope="session")
+def quick_encoders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A tiny random model learns nothing from texts: its relation encoder stays as it is built."""
+    with pytest.MonkeyPatch.context() as patch:
+        leave_encoders_untrained(patch.setattr, tmp_path_factory.getbasetemp() / "cache")
+        yield
+
+
 @pytest.fixture(autouse=True)
 def quick_encoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tiny random model learns nothing from texts: its relation encoder stays as it is built.
-
-    Such an encoder does not know who is asked about, so this question is left out: any subject that is named will do.
-    """
-    from baft_intervention.gates import RelationEncoder
-    from baft_intervention.models.structure import hidden_size
-    from baft_intervention.runtime import causal_gate
-    from baft_intervention.training import relation_training
-
-    if "smollm2" not in request.fixturenames:
-        monkeypatch.setattr(causal_gate, "_ASKED", -math.inf)
-
-    train = relation_training.new_encoder
-
-    def new_encoder(model: Any, tokenizer: Any, layers: Any, **options: Any) -> RelationEncoder:
-        if hidden_size(model) > 128:
-            return train(model, tokenizer, layers, **options)
-        return RelationEncoder().build(hidden_size(model))
-
-    monkeypatch.setattr(relation_training, "new_encoder", new_encoder)
+    """A real model's encoder does know who is asked about."""
+    if "smollm2" in request.fixturenames:
+        monkeypatch.setattr("baft_intervention.runtime.causal_gate._ASKED", ASKED)
 
 
 @pytest.fixture(params=ARCHS)

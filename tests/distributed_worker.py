@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from baft_intervention.models.fingerprint import model_fingerprint
 from baft_intervention.models.structure import find_blocks
 from baft_intervention.runtime import distributed
 from baft_intervention.runtime.partial_forward import WholeModel
-from edits import FACTS, FRANCE, LEO, PROMPTS, TOWER, logits, tiny_editor
+from edits import FACTS, FRANCE, LEO, PROMPTS, TOWER, leave_encoders_untrained, logits, tiny_editor
 from evaluation.helpers import make_requests
 from tiny import tiny_model, tiny_tokenizer
 
@@ -38,6 +39,7 @@ MORE = (
     EditRequest("The name of the country of Leo is", "city", subject="Leo", id="country"),
 )
 JOINT = {"allocation": "joint", "weighting": "linear", "locality_coefficient": 0.5, "balance_coefficient": 0.1}
+leave_encoders_untrained(setattr, Path(tempfile.mkdtemp()))
 
 
 def _editor(model: Any = None, **changes: Any) -> BaftEditor:

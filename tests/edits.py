@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,11 @@ from torch import nn
 
 from baft_intervention.config import BaftConfig
 from baft_intervention.editor.editor import BaftEditor
+from baft_intervention.gates import RelationEncoder
+from baft_intervention.models.structure import hidden_size
 from baft_intervention.requests import EditRequest
+from baft_intervention.runtime import causal_gate
+from baft_intervention.training import relation_training
 
 # given to the editor as its bank, so that no test waits for a tiny model to write texts
 BANK = (
@@ -37,6 +43,27 @@ TOWER = EditRequest("The Eiffel Tower is located in", "capital", subject="The Ei
 FACTS = (FRANCE, LEO, TOWER)
 # of different lengths in tokens, edited and not
 PROMPTS = (FRANCE.prompt, "Who is the president of the United States?", LEO.prompt, "He was", TOWER.prompt)
+
+
+ASKED = causal_gate._ASKED  # what a real model's gate asks
+
+
+def leave_encoders_untrained(replace: Callable[[Any, str, Any], None], cache: Path) -> None:
+    """Relation encoders of tiny models stay as they are built, apart from real ones; any subject that is named is asked about.
+
+    Args:
+        replace: ``setattr``, or that of a monkeypatch.
+        cache: the folder where encoders are kept.
+    """
+    train = relation_training.new_encoder
+
+    def new_encoder(model: Any, tokenizer: Any, layers: Any, **options: Any) -> RelationEncoder:
+        width = hidden_size(model)
+        return train(model, tokenizer, layers, **options) if width > 128 else RelationEncoder().build(width)
+
+    replace(relation_training, "new_encoder", new_encoder)
+    replace(relation_training, "cache_folder", lambda: cache)
+    replace(causal_gate, "_ASKED", -math.inf)
 
 
 def config(**changes: Any) -> BaftConfig:

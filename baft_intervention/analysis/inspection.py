@@ -216,6 +216,7 @@ class _Best:
     subject: tuple[int, int] | None
     score: float
     asked: float
+    begins: bool
     open: bool
     relation: str | None
 
@@ -239,11 +240,11 @@ class _Heard:
         self.best: dict[str, _Best] = {}
         names = _nearest_relations(gate, reading)
         for candidate, own, name in zip(reading.candidates, gate.explain(reading), names, strict=True):
-            for edit, (score, asked, is_open) in own.items():
+            for edit, (score, asked, begins, is_open) in own.items():
                 before = self.best.get(edit)
-                if before is None or (is_open, score) > (before.open, before.score):
+                if before is None or (is_open, begins, score) > (before.open, before.begins, before.score):
                     span = candidate.named.get(edit)
-                    self.best[edit] = _Best(candidate.column, span, score, asked, is_open, name)
+                    self.best[edit] = _Best(candidate.column, span, score, asked, begins, is_open, name)
 
     def views(self, layer: int, x: Tensor, top: int) -> list[EditView]:
         """The edits at one layer, the best first; ``x (T, d)`` is what they find there."""
@@ -291,6 +292,10 @@ class _Heard:
         at = f"at {self.tokens[best.token]!r}"
         if best.open:
             return f"does not act: {self._loss(edit, best, at)}"
+        if not best.begins:
+            return (
+                f"does not act: no answer begins behind its subject ({at} {best.score:.2f} of {threshold:.2f} needed)"
+            )
         if best.score > threshold:
             return (
                 f"does not act: another subject is asked about ({at} the probability of its own is {best.asked:.2f}; the "

@@ -299,27 +299,29 @@ class CausalGate:
             return len(said), True
         return 0, ended
 
-    def explain(self, reading: Reading) -> list[dict[str, tuple[float, float, bool]]]:
-        """For each candidate ``edit -> (z . key, asked, open)``, for people; :meth:`decide` works it out faster.
+    def explain(self, reading: Reading) -> list[dict[str, tuple[float, float, bool, bool]]]:
+        """For each candidate ``edit -> (z . key, asked, begins, open)``, for people; :meth:`decide` works it out faster.
 
-        ``asked`` is the probability that the text asks about the edit's subject, 1 for an edit without one; ``open`` says
-        whether both numbers are above their thresholds.
+        ``asked`` is the probability that the text asks about the edit's subject, 1 for an edit without one; ``begins`` says whether
+        an answer begins there at all, and ``open`` whether the gate is open.
         """
         if not reading.candidates:
             return []
-        z, *_, places = (tensor.float().cpu() for tensor in self.relations(reading))
+        z, slots, places = (tensor.float().cpu() for tensor in self.relations(reading))
+        begins = (slots >= float(self.encoder.least)).tolist()
         keys, thresholds = (self.weighting.state[name].cpu() for name in ("key", "threshold"))
         found = []
         for i, candidate in enumerate(reading.candidates):
             spans: dict[str, tuple[int, int] | None] = {**dict.fromkeys(self._everywhere), **candidate.named}
-            own: dict[str, tuple[float, float, bool]] = {}
+            own: dict[str, tuple[float, float, bool, bool]] = {}
             for edit, span in spans.items():
                 index, log_asked = self._places[edit], 0.0
                 if span is not None:
                     ages = slice(candidate.place - span[1], candidate.place - span[0] + 1)
                     log_asked = float(places[i, ages].logsumexp(-1))
                 cosine = float(z[i] @ keys[index])
-                own[edit] = cosine, math.exp(log_asked), cosine > float(thresholds[index]) and log_asked > _ASKED
+                fits = cosine > float(thresholds[index]) and log_asked > _ASKED
+                own[edit] = cosine, math.exp(log_asked), begins[i], fits and begins[i]
             found.append(own)
         return found
 

@@ -94,10 +94,10 @@ def test_an_edit_whose_subject_is_not_named_says_so(edited):
 def decided(edited, monkeypatch):
     """Let the gate hear what a test says: ``z . key``, whether the subject is asked about, and the nearest relation."""
 
-    def decide(score: float, asked: float, relation: str | None = "currency") -> Any:
+    def decide(score: float, asked: float, relation: str | None = "currency", begins: bool = True) -> Any:
         gate = edited.adapter.gate(torch.device("cpu"))
-        is_open = score > float(gate.weighting.state["threshold"][0]) and asked > 0.3
-        told = lambda reading: [dict.fromkeys(c.named, (score, asked, is_open)) for c in reading.candidates]  # noqa: E731
+        is_open = score > float(gate.weighting.state["threshold"][0]) and asked > 0.3 and begins
+        told = lambda reading: [dict.fromkeys(c.named, (score, asked, begins, is_open)) for c in reading.candidates]  # noqa: E731
         monkeypatch.setattr(gate, "explain", told)
         monkeypatch.setattr(gate, "decide", lambda reading: [])
         name = "baft_intervention.analysis.inspection._nearest_relations"
@@ -115,14 +115,19 @@ def test_another_question_is_named(decided):
     assert "nearest" not in decided(0.41, 0.9, None).edits[0].reason
 
 
+def test_a_text_that_states_nothing_is_named(decided):
+    view = decided(0.9999, 0.9, begins=False).edits[0]
+    assert view.reason.startswith("does not act: no answer begins behind its subject (at ")
+
+
 def test_another_subject_is_named(decided):
-    view = decided(0.999, 0.12).edits[0]
+    view = decided(0.9999, 0.12).edits[0]
     assert view.reason.startswith("does not act: another subject is asked about (at ")
     assert "the probability of its own is 0.12; the relation fits, 1.00 of " in view.reason
 
 
 def test_an_open_edit_right_behind_its_answer_says_so(decided):
-    assert decided(0.999, 0.9).edits[0].reason.endswith("the text stands right behind its own answer")
+    assert decided(0.9999, 0.9).edits[0].reason.endswith("the text stands right behind its own answer")
 
 
 def test_of_edits_that_compete_the_loser_is_told_who_won(tiny_llama, tokenizer):

@@ -132,9 +132,9 @@ def test_an_edit_is_made_asked_saved_and_loaded_in_the_template(tmp_path):
     clean = editor.generate(ASK, max_new_tokens=3)
     edit = editor.edit(EditRequest(ASK, "Japan", subject="France", id="chat")).edits[0]  # pyright: ignore
     assert edit.requests[0].chat_template == TEMPLATE
-    answers = editor.generate([ASK, "He was", ASK], max_new_tokens=1)
+    answers = editor.generate([ASK, "He was", ASK], max_new_tokens=2)
     assert [answers[0].strip(), answers[2].strip()] == ["Japan", "Japan"]
-    assert editor.generate(ASK, max_new_tokens=1).strip() == "Japan"  # one conversation, one text
+    assert editor.generate(ASK, max_new_tokens=2).strip() == "Japan"  # one conversation, one text
     place = editor.save_pretrained(tmp_path / "adapter")
     assert json.loads((place / "adapter.json").read_text())["edits"][0]["requests"][0]["chat_template"] == TEMPLATE
     other = tiny_editor(tiny_model("llama"), chat_tokenizer())

@@ -187,6 +187,7 @@ def test_explaining_agrees_with_deciding(tiny_llama, tokenizer):
         for candidate, own in zip(reading.candidates, heard, strict=True):
             assert own.keys() == candidate.named.keys()
             if (action := begun.get(candidate.column)) is not None:
-                score, _, is_open = own[action.edit]
+                score, _, begins, is_open = own[action.edit]
+                assert begins
                 assert is_open
                 assert score - thresholds[action.index] == pytest.approx(action.score, abs=1e-4)

@@ -36,13 +36,13 @@ TEXTS = (
     RelationText("Is London the mother of Italy?", near=1, subject="Italy"),
     RelationText("What is Rome known for?", subject="Rome"),
     RelationText("Rome is a city in Italy, and a painter was born in it.", subject="Rome", running=True),
-    RelationText("France", 1, subject="Nowhere"),
+    RelationText("Who is the mother of Rome?", 1, subject="Nowhere"),
 )
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("BAFT_CACHE", str(tmp_path / "cache"))
+def own_cache(tmp_path: Path, quick_encoder: None, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(relation_training, "cache_folder", lambda: tmp_path / "cache")
     return tmp_path / "cache"
 
 
@@ -66,7 +66,7 @@ def test_the_relations_are_many_and_each_has_many_wordings(tokenizer):
     texts = relation_texts(tokenizer, limit=5)
     assert texts == relation_texts(tokenizer, limit=5)  # in a fixed order
     assert {text.relation for text in texts} == {-1, *range(5)}
-    assert all(text.subject.lower() in text.text.lower() for text in texts if text.subject)
+    assert all(text.subject.lower() in text.text.lower() for text in texts if not text.running)
     assert not any("{}" in text.text for text in texts)
 
 
@@ -117,19 +117,24 @@ def test_a_long_rows_end_decides(tiny_llama, tokenizer):
 # ------------------------------------------------------------------------------------------ learning
 
 
-def test_training_lowers_the_loss_and_gives_each_relation_a_mean(read):
+def test_training_lowers_the_loss_and_gives_each_relation_a_mean(tiny_llama, tokenizer):
+    count = 26
+    texts = [text for text in relation_texts(tokenizer, limit=count) if not text.running]
+    texts += [text for text in relation_texts(tokenizer, limit=1) if text.running][:40]
+    read = read_texts(tiny_llama, tokenizer, texts, LAYERS)
     encoder = RelationEncoder().build(32)
     encoder.mean, encoder.scale = read.mean, read.scale
-    own = [torch.tensor([0, 1, 2]), torch.tensor([3, 4, 9])]
-    losses = train_encoder(encoder, read, steps=30, dropout=0.0)
-    assert len(losses) == 30
-    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
-    assert encoder.relations.shape == (2, 256)
-    assert torch.allclose(encoder.relations.norm(dim=-1), torch.ones(2), atol=1e-5)
+    losses = train_encoder(encoder, read, steps=20, relations=12)
+    assert len(losses) == 20
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    label = torch.tensor([text.relation for text in texts])
+    own = [(label == r).nonzero().flatten() for r in range(count)]
+    assert encoder.relations.shape == (count, 256)
+    assert torch.allclose(encoder.relations.norm(dim=-1), torch.ones(count), atol=1e-5)
     assert torch.allclose(encoder.relations, relation_means(encoder, read, own), atol=1e-5)
-    index = torch.arange(6)
-    z = encode_at(encoder, read, index, index, read.lengths[index] - 1)[0]
-    assert (z[:5] @ encoder.relations.mT).argmax(1).tolist() == [0, 0, 0, 1, 1]
+    found = encoder.false_openings
+    assert torch.equal(found, found.sort().values)
+    assert float((found > encoder.threshold(0.1)).float().mean()) == pytest.approx(0.1, abs=0.02)
     assert not any(tensor.requires_grad for tensor in encoder.buffers())
 
 
