@@ -47,7 +47,7 @@ class FactWeighting(WeightingNetwork):
     reads_tokens: ClassVar[bool] = True
 
     def __init__(
-        self, embed_dim: int, rank: int, *, false_openings: float = 0.01, initial_weight: float = 0.7, size: int = 256
+        self, embed_dim: int, rank: int, *, false_openings: float = 0.02, initial_weight: float = 0.7, size: int = 256
     ):
         super().__init__(embed_dim, rank)
         if not 0.0 < false_openings < 1.0:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _MEMORY = "memory"
 _AT_ONCE = 1024  # tokens encoded at a time, which bounds the memory that a long prompt takes
-_ASKED = math.log(0.3)  # least log q of a subject's token
+_ASKED = math.log(0.1)  # least log q of a subject's token
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,9 @@ class _Writer:
         """The relation in running text and as a keyword."""
         for opening in (self.said(), f"{self.said()} {self.said()}", self.random.choice(_BEFORE)):
             name = self.subject(relation)
-            yield RelationText(f"{opening} {_sentence(self.random.choice(relation['statements']), name)}", number, subject=name)
+            yield RelationText(
+                f"{opening} {_sentence(self.random.choice(relation['statements']), name)}", number, subject=name
+            )
         name = self.subject(relation)
         form = self.random.choice(("{} {}:", "{} - {}:", "{}, {}:", "{}\n{}:"))
         yield RelationText(form.format(name, relation["name"]), number, subject=name)
