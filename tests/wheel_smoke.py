@@ -17,6 +17,8 @@ if str(TESTS) not in sys.path:
 import torch
 
 import baft_intervention as baft
+from baft_intervention.training.relation_texts import relations
+from baft_intervention.training.relation_training import SHIPPED
 from tiny import tiny_model, tiny_tokenizer
 
 
@@ -24,7 +26,7 @@ def edit_a_tiny_model() -> None:
     """Edit, generate, save, load into a second editor, undo; the base model is byte for byte as before."""
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    config = baft.BaftConfig(rank=4, layers=(1,))
+    config = baft.BaftConfig(rank=4, layers=(1,), weighting="cosine")  # the default gate would train an encoder first
     editor = baft.BaftEditor(model, tokenizer, config)
     request = baft.EditRequest(prompt="The capital of Japan is", target_new="city", subject="Japan")
     unedited = editor.generate(request.prompt, max_new_tokens=4)
@@ -47,6 +49,7 @@ def main() -> None:
     where = Path(baft.__file__).resolve()
     assert where.is_relative_to(Path(sys.prefix).resolve()), f"{where} is not of this environment, {sys.prefix}"
     assert importlib.util.find_spec("pyreft") is None, "this environment was to be without pyreft"
+    assert relations()[1] and list(SHIPPED.glob("*.safetensors")), "the default gate's files are not in the wheel"
     edit_a_tiny_model()
     sys.stdout.write(f"the wheel works from {where.parent}\n")
 

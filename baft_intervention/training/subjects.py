@@ -14,10 +14,10 @@ _WORD = r"[^\W\d_a-z][\w'’&-]*(?:\.(?=\w)[\w'’&-]*)*"
 _NAME = re.compile(rf"{_WORD}(?: {_WORD}| \d[\w'’.-]*)*")
 # capitalised at the start of a sentence, and no name
 _NO_NAME = frozenset(
-    """
-    a an and are at by can did do does for from give had has have her his how i in is it its list my name of on one our q question
-    say tell that the their these this those to under was we were what when where which who whom whose why will with you your
-    """.split()
+    {"a", "an", "and", "are", "at", "by", "can", "did", "do", "does", "for", "from", "give", "had", "has", "have",
+     "her", "his", "how", "i", "in", "is", "it", "its", "list", "my", "name", "of", "on", "one", "our", "q",
+     "question", "say", "tell", "that", "the", "their", "these", "this", "those", "to", "under", "was", "we", "were",
+     "what", "when", "where", "which", "who", "whom", "whose", "why", "will", "with", "you", "your"}
 )  # fmt: skip
 
 
