@@ -59,7 +59,12 @@ def leave_encoders_untrained(replace: Callable[[Any, str, Any], None], cache: Pa
 
     def new_encoder(model: Any, tokenizer: Any, layers: Any, **options: Any) -> RelationEncoder:
         width = hidden_size(model)
-        return train(model, tokenizer, layers, **options) if width > 128 else RelationEncoder().build(width)
+        if width > 128:
+            return train(model, tokenizer, layers, **options)
+        encoder = RelationEncoder().build(width)
+        encoder.least = torch.tensor([-1e4])  # an answer may begin anywhere
+        encoder.false_openings = torch.linspace(-1.0, 0.6, 3)  # a threshold that the forms of a request pass
+        return encoder
 
     replace(relation_training, "new_encoder", new_encoder)
     replace(relation_training, "cache_folder", lambda: cache)
