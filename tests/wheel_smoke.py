@@ -49,7 +49,8 @@ def main() -> None:
     where = Path(baft.__file__).resolve()
     assert where.is_relative_to(Path(sys.prefix).resolve()), f"{where} is not of this environment, {sys.prefix}"
     assert importlib.util.find_spec("pyreft") is None, "this environment was to be without pyreft"
-    assert relations()[1] and list(SHIPPED.glob("*.safetensors")), "the default gate's files are not in the wheel"
+    assert relations()[1], "the default gate has no relations"
+    assert list(SHIPPED.glob("*.safetensors")), "the encoder of the built-in model is not in the wheel"
     edit_a_tiny_model()
     sys.stdout.write(f"the wheel works from {where.parent}\n")
 

@@ -14,7 +14,6 @@ from .base import WeightingNetwork, register_weighting
 from .relation_encoder import RelationEncoder
 
 STAGES = 8  # tokens of an answer with weights of their own; later ones share the last
-_STD = 0.1  # of W at the start, in units of 1 / sqrt(d)
 
 
 @register_weighting("fact")
@@ -60,7 +59,7 @@ class FactWeighting(WeightingNetwork):
         self.encoder = RelationEncoder()
         self.register_buffer("key", torch.zeros(size))  # 0: closed until initialised
         self.register_buffer("threshold", torch.tensor(1.0))
-        self.weight = nn.Parameter(torch.randn(rank, embed_dim) * (_STD / math.sqrt(embed_dim)))
+        self.weight = nn.Parameter(torch.zeros(rank, embed_dim))
         bias = math.log(initial_weight / (1.0 - initial_weight))
         self.bias = nn.Parameter(torch.full((STAGES, rank), bias))
 

@@ -95,7 +95,7 @@ class RelationEncoder(nn.Module):
         self.recency = torch.tensor([-4.0])  # log mu
         self.relations = torch.zeros(0, size)
         self.false_openings = torch.linspace(-1.0, 1.0, 3)
-        self.least = torch.tensor([-1e9])
+        self.least = torch.tensor([-1e4])
         return self
 
     def threshold(self, rate: float) -> float:

@@ -9,12 +9,11 @@ and dtype against the settings before it uses anything.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import functools
 import itertools
 import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,42 +29,12 @@ from ..models.structure import block_owner, find_blocks, hidden_size
 from ..requests import EditRequest
 from .call_state import Call, CallTracker, hook_block
 from .causal_gate import Action, CausalGate
+from .edit import Edit
 from .edit_stack import EditStack, is_shared
 from .token_state import TokenState
 
 logger = logging.getLogger(__name__)
 _NUMBERS = itertools.count()
-
-
-@dataclass(frozen=True)
-class Edit:
-    """One committed edit.
-
-    Args:
-        id: name in the adapter: the id of its request, or of the first request of a joint group.
-        requests: the edited requests, without probes.
-        tensors: ``layer -> {name: tensor}``, fp32 on the CPU.
-        used: ``layer -> (r,)`` how much the edit uses each basis.
-        loss: mean cross-entropy over target tokens after training (nats).
-        steps, seconds: length of the training; ``seconds`` is 0 for a loaded edit.
-        reached: whether every target token is the edited model's argmax at its position.
-    """
-
-    id: str
-    requests: tuple[EditRequest, ...]
-    tensors: Mapping[int, Mapping[str, Tensor]] = field(repr=False)
-    used: Mapping[int, Tensor] = field(repr=False)
-    loss: float
-    steps: int
-    seconds: float
-    reached: bool
-
-    def summary(self) -> dict[str, Any]:
-        """The edit's entry in ``adapter.json``; it has no times, so the same edits give the same bytes."""
-        requests = [dataclasses.replace(r, probes=()).to_dict() for r in self.requests]
-        return {
-            "id": self.id, "requests": requests, "loss": self.loss, "steps": self.steps, "reached": self.reached,
-        }  # fmt: skip
 
 
 class _Switch(threading.local):
@@ -286,9 +255,9 @@ class BaftAdapter:
         self._handles = []
         if self.reads_tokens:  # first, so that a block that is both read and edited is read before its edit
             for number, layer in enumerate(self._encoder_layers):
-                self._handles.append(hook_block(self.blocks[layer], lambda h, n=number: self._read(n, h)))
+                self._handles.append(hook_block(self.blocks[layer], functools.partial(self._read, number)))
         for layer in self.layers:
-            self._handles.append(hook_block(self.blocks[layer], lambda h, layer=layer: self._change(layer, h)))
+            self._handles.append(hook_block(self.blocks[layer], functools.partial(self._change, layer)))
 
     def detach(self) -> None:
         """Remove this adapter's hooks and no others; the model is then as before."""
@@ -425,7 +394,8 @@ class BaftAdapter:
         with torch.no_grad():
             network(h)
             if isinstance(network, FactWeighting):
-                network.encoder.check(self.embed_dim, network.key.shape[0])
+                if self.shared[layer]:
+                    network.encoder.check(self.embed_dim, network.key.shape[0])
             elif network.routed:
                 network.match(h)
 

@@ -140,9 +140,11 @@ class CallTracker:
     def __init__(self, model: nn.Module, owner: nn.Module):
         self._model, self._owner = model, owner
         self._handles: list[Any] = []
+        self._finish: Callable[[Call], TokenState | None] | None = None
+        self._name = ""
         self._state = _ThreadState()
 
-    def attach(self, finish: Callable[[Call], TokenState | None] = lambda call: None, owner: str = "") -> None:
+    def attach(self, finish: Callable[[Call], TokenState | None] | None = None, owner: str = "") -> None:
         """Put the hooks on the model.
 
         Args:
@@ -151,19 +153,10 @@ class CallTracker:
         """
         if self._handles:
             return
-
-        def leave(_module: nn.Module, _args: tuple, output: Any) -> None:
-            call = self._leave()
-            if call is None or output is None:  # the call failed
-                return
-            cache = call.cache if call.cache is not None else _cache_in(output)
-            state = finish(call)
-            if cache is not None and state is not None:
-                keep_state(cache, owner, state)
-
+        self._finish, self._name = finish, owner
         self._handles = [
             self._owner.register_forward_pre_hook(self._enter, with_kwargs=True),
-            self._owner.register_forward_hook(leave, always_call=True),
+            self._owner.register_forward_hook(self._leave, always_call=True),
         ]
         if self._owner is not self._model:
             self._handles += [
@@ -218,20 +211,19 @@ class CallTracker:
         mask = _padding_mask(given.get("attention_mask"), past)
         self._state.calls.append(Call(ids, mask, past, given.get("past_key_values"), self._state.lengths))
 
-    def _leave(self) -> Call | None:
+    def _leave(self, _module: nn.Module, _args: tuple, output: Any) -> None:
         if not self._state.calls:  # hooks that were put on inside a running call see its end, not its beginning
-            return None
-        self._state.ended = self._state.calls.pop()
-        return self._state.ended
+            return
+        call = self._state.ended = self._state.calls.pop()
+        state = None if self._finish is None or output is None else self._finish(call)  # no output: the call failed
+        cache = call.cache if call.cache is not None else getattr(output, "past_key_values", None)
+        if cache is not None and state is not None:
+            keep_state(cache, self._name, state)
 
 
 def _arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Mapping[str, Any]:
     """The arguments of a call by name; models differ in their order."""
     return inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments if args else kwargs
-
-
-def _cache_in(output: Any) -> Any:
-    return getattr(output, "past_key_values", None)
 
 
 def _padding_mask(mask: Any, past: int) -> Tensor | None:
@@ -262,11 +254,18 @@ def _past_length(call: Mapping[str, Any]) -> int:
 def hook_block(block: nn.Module, change: Callable[[Tensor], Tensor | None]) -> Any:
     """Register ``change(hidden (B, T, d)) -> hidden | None`` on a block's output, a tensor or a tuple led by one."""
 
-    def hook(_module: nn.Module, _args: tuple, output: Any) -> Any:
+    return block.register_forward_hook(_BlockHook(change))
+
+
+class _BlockHook:
+    """A forward hook that a deep copy of the model copies with what it refers to, as it does not a function's closure."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor | None]):
+        self._change = change
+
+    def __call__(self, _module: nn.Module, _args: tuple, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
-        changed = change(hidden)
+        changed = self._change(hidden)
         if changed is None:
             return None
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-    return block.register_forward_hook(hook)

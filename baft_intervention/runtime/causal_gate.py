@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,12 +20,10 @@ from ..errors import PositionError
 from ..gates import FactWeighting, RelationEncoder
 from ..gates.relation_encoder import WINDOW
 from ..models.tokenization import answer_spellings
+from .edit import Edit
 from .edit_stack import WeightingStack
 from .subject_index import SubjectIndex
 from .token_state import PADDING, TokenState
-
-if TYPE_CHECKING:
-    from .adapter import Edit
 
 _MEMORY = "memory"
 _AT_ONCE = 1024  # tokens encoded at a time, which bounds the memory that a long prompt takes
@@ -168,11 +166,23 @@ class CausalGate:
             tokens, columns, cached = reading.row(row)
             begin = max(0, cached - WINDOW)  # what was named before is out of reach
             named: dict[str, tuple[int, int]] = {}
+            earlier: dict[
+                str, tuple[int, int] | None
+            ] = {}  # the mention before, in case the next token goes on with the word
             mentions = self._index.mentions(tokens, begin) if self._index else []
             coming = 0
             for place in range(begin, len(tokens)):
+                ended = [edit for edit, span in named.items() if span[1] == place - 1]
+                if ended and self._index.continues(tokens[place]):
+                    for edit in ended:
+                        if (span := earlier[edit]) is None:
+                            del named[edit]
+                        else:
+                            named[edit] = span
                 while coming < len(mentions) and mentions[coming][1] == place:
                     first, last, edit = mentions[coming]
+                    if edit not in named or named[edit][1] < place:
+                        earlier[edit] = named.get(edit)
                     named[edit] = (first, last)
                     coming += 1
                 if place < cached or not (named or self._everywhere):
@@ -243,6 +253,8 @@ class CausalGate:
             far = torch.tensor([s[1] for s in spans]).unsqueeze(1)
             inside = ((ages >= near) & (ages <= far)).to(z.device)  # (pairs, W)
             place = asked[t].masked_fill(~inside, -torch.inf).logsumexp(-1)
+            first = torch.tensor([reading.candidates[i].place == s[0] for i, s in zip(tokens, spans, strict=True)])
+            place = place.masked_fill(first.to(z.device), 0.0)  # the encoder does not see a text's first token
             scores = torch.where((place > _ASKED) & (begins >= self.encoder.least)[t], scores, -1.0)
             for pair, score in enumerate(scores.tolist()):
                 if score > 0:
@@ -318,7 +330,7 @@ class CausalGate:
                 index, log_asked = self._places[edit], 0.0
                 if span is not None:
                     ages = slice(candidate.place - span[1], candidate.place - span[0] + 1)
-                    log_asked = float(places[i, ages].logsumexp(-1))
+                    log_asked = float(places[i, ages].logsumexp(-1)) if span[1] else 0.0
                 cosine = float(z[i] @ keys[index])
                 fits = cosine > float(thresholds[index]) and log_asked > _ASKED
                 own[edit] = cosine, math.exp(log_asked), begins[i], fits and begins[i]

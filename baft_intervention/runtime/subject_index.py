@@ -79,14 +79,11 @@ class SubjectIndex:
     def mentions(self, ids: Sequence[int], begin: int = 0) -> list[tuple[int, int, str]]:
         """``(first, last, edit)`` of each name that ends in ``ids[begin:]``, in the order of the last tokens.
 
-        A name that the next token of ``ids`` continues is left out.
+        What the tokens behind it say is not looked at: a name that the next one :meth:`continues` is for the caller to take back.
         """
         found = []
         for last in range(begin, len(ids)):
-            lengths = self._names.get(ids[last])
-            if not lengths or (last + 1 < len(ids) and self.continues(ids[last + 1])):
-                continue
-            for length, names in lengths.items():
+            for length, names in self._names.get(ids[last], {}).items():
                 first = last - length + 1
                 edits = names.get(tuple(ids[first : last + 1])) if first >= 0 else None
                 if edits and not (first and self.continues(ids[first]) and self.ends_in_word(ids[first - 1])):

@@ -169,4 +169,5 @@ def _store(path: Path, bank: Bank) -> None:
         os.replace(partial, path)
     except OSError as error:
         logger.warning("the bank cannot be cached in %s (%s); it is computed again next time", path.parent, error)
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)

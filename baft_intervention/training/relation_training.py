@@ -6,6 +6,7 @@ together and everything else apart.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -35,7 +36,7 @@ from .relation_texts import RelationText, relation_texts
 logger = logging.getLogger(__name__)
 
 SHIPPED = Path(__file__).with_name("encoders")
-_FORMAT = 1  # raise it when texts or training change: encoders are then trained again
+_FORMAT = 2  # raise it when texts or training change: encoders are then trained again
 _MOST_TOKENS = 160  # of a text; a longer one is cut off
 _MOST_NUMBERS = 1.5e9  # of all tokens' states; of a wider model fewer relations are read
 STEPS = 600
@@ -179,8 +180,10 @@ def _load(path: Path) -> dict[str, Tensor] | None:
     if not path.is_file():
         return None
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
+        state = load_file(path)
+        RelationEncoder().load_state_dict(state)
+        return state
+    except (OSError, SafetensorError, RuntimeError) as error:
         logger.warning("the encoder %s cannot be read (%s); it is trained again", path, error)
         return None
 
@@ -193,17 +196,27 @@ def _store(path: Path, state: dict[str, Tensor]) -> None:
         os.replace(partial, path)
     except OSError as error:
         logger.warning("the encoder cannot be cached in %s (%s); it is trained again next time", path.parent, error)
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def encode_at(
-    encoder: RelationEncoder, read: ReadTexts, index: Tensor, rows: Tensor, columns: Tensor, *, dropout: float = 0.0
+    encoder: RelationEncoder,
+    read: ReadTexts,
+    index: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    *,
+    dropout: float = 0.0,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``z (P, k)``, ``s (P,)`` and ``log q (P, W)`` at the tokens ``columns (P,)`` of the texts ``index[rows]``."""
     lengths, begins = read.lengths[index], read.begins[index]
     own = lengths.cumsum(0) - lengths  # where each text begins among those that are read here
     flat = torch.arange(int(lengths.sum())) - (own - begins).repeat_interleave(lengths)
-    x = F.dropout(read.states[flat].float(), dropout)
+    x = read.states[flat].float()
+    if dropout:
+        x = x * (torch.rand(x.shape, generator=generator) >= dropout) / (1.0 - dropout)
     memory = torch.stack([encoder.memory(n, x[:, n]) for n in range(encoder.pooled)]).sum(0)
     y = x[own[rows] + columns]
     glance = torch.stack([encoder.glance(n, y[:, n]) for n in range(encoder.pooled, x.shape[1])]).sum(0)
@@ -270,7 +283,7 @@ def train_encoder(
         along = 1 + (torch.rand(len(texts) * 8, generator=generator) * (last[ends:].repeat(8) - 1)).long()
         rows = torch.cat([torch.arange(ends), torch.arange(n).repeat(5), torch.arange(ends, len(index)).repeat(8)])
         columns = torch.cat([last[:ends], before, inside, along])
-        z, begins, places = encode_at(encoder, read, index, rows, columns, dropout=dropout)
+        z, begins, places = encode_at(encoder, read, index, rows, columns, dropout=dropout, generator=generator)
         # near texts, general ones, one inner token of each text, prose: the others teach only where no answer begins
         apart = torch.cat([z[n:ends], z[-n - len(along) : -len(along)], z[-len(along) :: 2]])
         loss = _contrast(z[:n], apart, label[asked], temperature, negative_weight)
@@ -324,9 +337,13 @@ def false_openings(
     for r, (z, near) in enumerate(zip(asked, close, strict=True)):
         for pair in z[: len(z) // 2 * 2].view(-1, 2, z.shape[-1]):
             key = F.normalize(pair.mean(0), dim=0)
-            even = lambda values, k=16: values[torch.linspace(0, len(values) - 1, k).long()]  # noqa: E731
-            found += [even(others[owner != r] @ key), even(near @ key), even(plain @ key)]
-    return torch.cat(found).sort().values
+            found += [_even(against @ key) for against in (others[owner != r], near, plain) if len(against)]
+    return torch.cat(found).sort().values if found else torch.linspace(-1.0, 1.0, 3)
+
+
+def _even(values: Tensor, count: int = 16) -> Tensor:
+    """``count`` of the values, at even distances."""
+    return values[torch.linspace(0, len(values) - 1, count).long()]
 
 
 def _contrast(z: Tensor, others: Tensor, label: Tensor, temperature: float, weight: float) -> Tensor:

@@ -11,7 +11,7 @@ from ..requests import EditRequest
 from ..runtime.subject_index import surface_forms
 
 _WORD = r"[^\W\d_a-z][\w'’&-]*(?:\.(?=\w)[\w'’&-]*)*"
-_NAME = re.compile(rf"{_WORD}(?: {_WORD}| \d[\w'’.-]*)*")
+_NAME = re.compile(rf"{_WORD}(?:\.? (?:(?:van|von|de|da|di|del|der|la|le|al|bin) )*{_WORD}| \d[\w'’.-]*)*")
 # capitalised at the start of a sentence, and no name
 _NO_NAME = frozenset(
     {"a", "an", "and", "are", "at", "by", "can", "did", "do", "does", "for", "from", "give", "had", "has", "have",
