@@ -100,14 +100,14 @@ def test_the_commands_in_their_order(tmp_path):
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("smollm2")
 def test_the_limit_that_it_names_is_the_limit(tmp_path):
-    edited, moved, stays = re.findall(r"`([^`]*(?:Japan\?|Japan is))`", README.split("## Limits")[1])[:3]
+    [limit] = re.findall(r'\("(Japan is an island[^"]*)"\)', README.split("## Limits")[1])
     code = (
         "import baft_intervention as baft\neditor = baft.BaftEditor.from_pretrained('smollm2-135m')\n"
-        f"editor.edit(baft.EditRequest(prompt={edited!r}, target_new='Osaka', subject='Japan'))\n"
-        f"print([text.strip() for text in editor.generate([{moved!r}, {stays!r}], max_new_tokens=4)])"
+        "editor.edit(baft.EditRequest(prompt='The capital of Japan is', target_new='Osaka', subject='Japan'))\n"
+        f"print([text.strip() for text in editor.generate(['The capital of Japan is', {limit!r}], max_new_tokens=4)])"
     )
     answers = _run([sys.executable, "-c", code], tmp_path)
-    assert re.match(r"\['Osaka.*', 'Tokyo", answers), answers
+    assert re.match(r"\['Osaka.*', '(?!Osaka)", answers), answers
 
 
 def test_the_table_has_the_numbers_of_the_report():

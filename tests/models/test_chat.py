@@ -128,7 +128,7 @@ def test_files_may_hold_conversations(tmp_path):
 
 
 def test_an_edit_is_made_asked_saved_and_loaded_in_the_template(tmp_path):
-    editor = tiny_editor(tiny_model("llama"), chat_tokenizer())
+    editor = tiny_editor(tiny_model("llama"), chat_tokenizer(), weighting_options={"false_openings": 0.4})
     clean = editor.generate(ASK, max_new_tokens=3)
     edit = editor.edit(EditRequest(ASK, "Japan", subject="France", id="chat")).edits[0]  # pyright: ignore
     assert edit.requests[0].chat_template == TEMPLATE
@@ -137,7 +137,7 @@ def test_an_edit_is_made_asked_saved_and_loaded_in_the_template(tmp_path):
     assert editor.generate(ASK, max_new_tokens=2).strip() == "Japan"  # one conversation, one text
     place = editor.save_pretrained(tmp_path / "adapter")
     assert json.loads((place / "adapter.json").read_text())["edits"][0]["requests"][0]["chat_template"] == TEMPLATE
-    other = tiny_editor(tiny_model("llama"), chat_tokenizer())
+    other = tiny_editor(tiny_model("llama"), chat_tokenizer(), weighting_options={"false_openings": 0.4})
     other.load_adapter(place)
     assert adapter_bytes(other) == adapter_bytes(editor)
     assert other.edits[0].requests == edit.requests

@@ -41,23 +41,24 @@ def test_a_question_becomes_a_statement(question, statement):
 
 
 def test_a_question_is_trained_in_chat_and_as_a_statement(chat):
-    said, stated = other_forms(chat, QUESTION)
+    stated, said = other_forms(chat, QUESTION)
     assert said.messages == (Message("user", QUESTION.prompt),)
     assert said.prompt == f"<bos>user\n{QUESTION.prompt}<eos>\n<bos>assistant\n"
     assert (stated.prompt, stated.messages) == ("The capital of France is", ())
     assert {form.target_new for form in (said, stated)} == {"Japan"}
-    [only] = other_forms(chat, FRANCE)  # a statement, in chat
-    assert only.messages == (Message("user", FRANCE.prompt),)
+    question, said = other_forms(chat, FRANCE)
+    assert (question.prompt, question.messages) == ("What is the capital of France?", ())
+    assert said.messages == (Message("user", question.prompt),)
 
 
 def test_without_a_template_there_is_no_chat(tokenizer):
     assert [form.prompt for form in other_forms(tokenizer, QUESTION)] == ["The capital of France is"]
-    assert other_forms(tokenizer, FRANCE) == []
+    assert [form.prompt for form in other_forms(tokenizer, FRANCE)] == ["What is the capital of France?"]
 
 
 def test_a_conversation_is_trained_as_a_text_too(chat):
     request = render_request(chat, QUESTION.as_chat())
-    plain, stated = other_forms(chat, request)
+    stated, plain = other_forms(chat, request)
     assert (plain.prompt, plain.messages, plain.chat_template) == (QUESTION.prompt, (), "")
     assert stated.prompt == "The capital of France is"
 

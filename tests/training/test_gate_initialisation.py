@@ -83,7 +83,7 @@ def test_the_default_gate_trains_the_requests_forms_and_its_key_is_their_mean(ti
     assert [tokenizer.decode(row.ids[: row.prompt_length]) for row in job.rows] == [
         question.prompt, "The capital of France is",
     ]  # fmt: skip
-    assert len(plain.rows) == 1  # neither a question nor, with this tokenizer, a chat
+    assert len(plain.rows) == 2  # with this tokenizer no chat
     prompts = [row.ids[: row.prompt_length] for row in job.rows]
     z = encode_rows(tiny_llama, tokenizer, encoder, read_layers((3,), 4), prompts)
     network: Any = job.maps[3].weighting
