@@ -100,7 +100,7 @@ def test_the_commands_in_their_order(tmp_path):
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("smollm2")
 def test_the_limit_that_it_names_is_the_limit(tmp_path):
-    [limit] = re.findall(r'\("(Japan is an island[^"]*)"\)', README.split("## Limits")[1])
+    [limit] = re.findall(r'\("(The capital of the Land[^"]*)"\)', README.split("## Limits")[1])
     code = (
         "import baft_intervention as baft\neditor = baft.BaftEditor.from_pretrained('smollm2-135m')\n"
         "editor.edit(baft.EditRequest(prompt='The capital of Japan is', target_new='Osaka', subject='Japan'))\n"
