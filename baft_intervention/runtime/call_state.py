@@ -216,7 +216,8 @@ class CallTracker:
             return
         call = self._state.ended = self._state.calls.pop()
         state = None if self._finish is None or output is None else self._finish(call)  # no output: the call failed
-        cache = call.cache if call.cache is not None else getattr(output, "past_key_values", None)
+        given = getattr(output, "past_key_values", None)  # where caches are tuples, each call returns a new one
+        cache = call.cache if given is None else given
         if cache is not None and state is not None:
             keep_state(cache, self._name, state)
 

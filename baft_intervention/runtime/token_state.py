@@ -62,17 +62,22 @@ class TokenState:
 
 def state_of(cache: Any, owner: str) -> TokenState | None:
     """The state that ``owner`` left at a KV cache, or None."""
-    return getattr(cache, _ATTRIBUTE, {}).get(owner)
+    return getattr(_holder(cache), _ATTRIBUTE, {}).get(owner)
 
 
 def keep_state(cache: Any, owner: str, state: TokenState) -> None:
     """Leave ``state`` at a KV cache, and let the cache's methods that move sequences move it too."""
-    if isinstance(cache, tuple):  # the legacy form can hold nothing
-        return
-    if not hasattr(cache, _ATTRIBUTE):
-        cache.__class__ = _following(type(cache))
-        setattr(cache, _ATTRIBUTE, {})
-    getattr(cache, _ATTRIBUTE)[owner] = state
+    holder = _holder(cache)
+    if not hasattr(holder, _ATTRIBUTE):
+        if holder is cache:
+            cache.__class__ = _following(type(cache))
+        setattr(holder, _ATTRIBUTE, {})
+    getattr(holder, _ATTRIBUTE)[owner] = state
+
+
+def _holder(cache: Any) -> Any:
+    """What can carry an attribute: the cache, or the first tensor of the tuples that transformers 4 returns."""
+    return cache[0][0] if isinstance(cache, tuple) else cache
 
 
 @functools.cache

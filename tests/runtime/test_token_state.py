@@ -96,9 +96,10 @@ def test_a_copied_cache_has_its_own_state(duplicate):
         assert same(state_of(made, "one"), state())
 
 
-def test_a_cache_without_a_state_and_the_legacy_form_hold_nothing():
+def test_a_cache_without_a_state_holds_nothing_and_the_legacy_form_holds_one():
     assert state_of(cache(), "one") is None
     assert state_of(None, "one") is None
     legacy = ((torch.zeros(1), torch.zeros(1)),)
-    keep_state(legacy, "one", state())
-    assert state_of(legacy, "one") is None
+    kept = state()
+    keep_state(legacy, "one", kept)
+    assert state_of(legacy, "one") is kept
