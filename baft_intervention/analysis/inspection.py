@@ -319,7 +319,7 @@ def _nearest_relations(gate: CausalGate, reading: Reading) -> list[str | None]:
     known, names = gate.encoder.relations, [relation["name"] for relation in relations()[1]]
     if not reading.candidates or not 0 < len(known) <= len(names):
         return [None] * len(reading.candidates)
-    z = gate.relations(reading)[0]
+    z = reading.encoded(gate.encoder)[0]
     return [names[i] for i in (z @ known.to(z).mT).argmax(-1).tolist()]
 
 

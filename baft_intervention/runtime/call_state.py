@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..core.positions import IdSequences, PositionRule
 from ..errors import PositionError
-from .token_state import PADDING, TokenState, keep_state, state_of
+from .token_state import PADDING, TokenState, keep_state, state_of, unseen
 
 
 class Call:
@@ -55,7 +55,11 @@ class Call:
         if not self.past:
             return None
         state = state_of(self.cache, owner)
-        return None if state is None or state.width < self.past else state.cut(self.past)
+        if state is None:
+            return None if self.ids is None else unseen(len(self.ids), self.past)
+        if state.width < self.past:  # calls that the owner did not see, for instance while it was switched off
+            return state.joined(unseen(len(state.ids), self.past - state.width, state.fires))
+        return state.cut(self.past)
 
     def positions(
         self, rule: PositionRule, subjects: IdSequences | None, rows: int, width: int

@@ -65,6 +65,27 @@ class Candidate:
     named: dict[str, tuple[int, int]]
 
 
+@dataclass(frozen=True)
+class _Named:
+    """Pairs of a candidate and an edit whose subject is named there.
+
+    Args:
+        tokens, edits: each pair's candidate, by its number, and edit.
+        cosines, thresholds, log_asked: ``(n,)`` ``z . key``, what it must exceed, and how likely the subject is asked about.
+    """
+
+    tokens: list[int]
+    edits: list[str]
+    cosines: Tensor
+    thresholds: Tensor
+    log_asked: Tensor
+
+    @property
+    def asked(self) -> Tensor:
+        """``(n,)`` bool: whether the text asks about the subject."""
+        return self.log_asked > _ASKED
+
+
 class Reading:
     """What the gate has read of one call, beside what is kept of the tokens before it.
 
@@ -77,6 +98,8 @@ class Reading:
         self.new, self.before = ids, before
         self.past = 0 if before is None else before.width
         self.ids = ids if before is None else torch.cat([before.ids, ids], 1)
+        self._state: TokenState | None = None  # once all pooled blocks have been read
+        self._encoded: tuple[Tensor, Tensor, Tensor] | None = None
         valid = self.ids != PADDING
         self._order = (~valid).int().argsort(dim=1, stable=True)  # the columns of each row that hold tokens, in front
         self._count = valid.cumsum(1)  # (B, C) how many tokens up to each column
@@ -98,18 +121,35 @@ class Reading:
         place = self._count[rows, columns].unsqueeze(1) - 1 - age  # (N, W)
         return self._order[rows.unsqueeze(1), place.clamp(min=0)], age.float().expand_as(place), place > 0
 
-    def all_memory(self) -> Tensor:
-        """``(B, C, heads + m + width)`` of cached and new tokens."""
-        assert self.memory is not None
-        if self.before is None:
-            return self.memory
-        return torch.cat([self.before.tensors[_MEMORY].to(self.memory), self.memory], 1)
-
     def state(self) -> TokenState | None:
-        """What later calls need of all tokens so far; None for a call that ended before it was read."""
-        if self.memory is None:
-            return None
-        return TokenState(self.ids, {_MEMORY: self.all_memory().detach()}, self.fires)
+        """What later calls need of all tokens so far; None for a call that ended before it was read.
+
+        It must not be asked for before the last pooled block has been read.
+        """
+        if self._state is None and self.memory is not None:
+            new = TokenState(self.new, {_MEMORY: self.memory.detach()}, ())
+            self._state = new if self.before is None else self.before.joined(new)
+        if self._state is not None:
+            self._state.fires = self.fires
+        return self._state
+
+    def encoded(self, encoder: RelationEncoder) -> tuple[Tensor, Tensor, Tensor]:
+        """``z (N, k)``, ``s (N,)`` and ``log q (N, W)`` of the N candidates, see :meth:`RelationEncoder.forward`."""
+        if self._encoded is None:
+            state = self.state()
+            assert state is not None
+            assert self.glances is not None
+            memory = state.tensors[_MEMORY]
+            rows = torch.tensor([c.row for c in self.candidates])
+            where, age, seen = self.window(rows, torch.tensor([c.column for c in self.candidates]) + self.past)
+            found = []
+            for piece in torch.arange(len(rows)).split(_AT_ONCE):
+                at = rows[piece].unsqueeze(1).to(memory.device), where[piece].to(memory.device)
+                glance = self.glances[piece.to(memory.device)]
+                found.append(encoder(glance, memory[at], age[piece].to(memory), seen[piece].to(memory.device)))
+            z, begins, asked = (torch.cat(parts) for parts in zip(*found, strict=True))
+            self._encoded = z, begins, asked
+        return self._encoded
 
 
 class CausalGate:
@@ -168,7 +208,7 @@ class CausalGate:
             named: dict[str, tuple[int, int]] = {}
             earlier: dict[
                 str, tuple[int, int] | None
-            ] = {}  # the mention before, in case the next token goes on with the word
+            ] = {}  # the mention before: the next token may go on with the word
             mentions = self._index.mentions(tokens, begin) if self._index else []
             coming = 0
             for place in range(begin, len(tokens)):
@@ -203,70 +243,59 @@ class CausalGate:
             part = encoder.glance(number, encoder.standardised(number, hidden[rows, columns]))
             reading.glances = part if reading.glances is None else reading.glances + part
 
-    def relations(self, reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
-        """``z (N, k)``, ``s (N,)`` and ``log q (N, W)`` of the candidates, see :meth:`RelationEncoder.forward`."""
-        assert reading.glances is not None
-        rows = torch.tensor([c.row for c in reading.candidates])
-        columns = torch.tensor([c.column for c in reading.candidates]) + reading.past
-        where, age, seen = reading.window(rows, columns)
-        memory = reading.all_memory()
-        found = []
-        for piece in torch.arange(len(rows)).split(_AT_ONCE):
-            at = rows[piece].unsqueeze(1).to(memory.device), where[piece].to(memory.device)
-            glance = reading.glances[piece.to(memory.device)]
-            found.append(self.encoder(glance, memory[at], age[piece].to(memory), seen[piece].to(memory.device)))
-        z, begins, asked = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return z, begins, asked
-
     def decide(self, reading: Reading) -> list[Action]:
         """Where edits act among the call's tokens."""
         opened: dict[tuple[int, int], tuple[str, float]] = {}
         if reading.candidates:
-            opened = self._opened(reading, *self.relations(reading))
+            opened = self._opened(reading)
         return self._actions(reading, opened)
 
-    def _opened(
-        self, reading: Reading, z: Tensor, begins: Tensor, asked: Tensor
-    ) -> dict[tuple[int, int], tuple[str, float]]:
+    def _opened(self, reading: Reading) -> dict[tuple[int, int], tuple[str, float]]:
         """``(row, place) -> (edit, score)``: the open gate of the largest score at each candidate that has one."""
-        keys, thresholds = self.weighting.state["key"], self.weighting.state["threshold"]
-        tokens, edits, spans = [], [], []
-        for i, candidate in enumerate(reading.candidates):
-            for edit, (first, last) in candidate.named.items():
-                tokens.append(i)
-                edits.append(self._places[edit])
-                spans.append((candidate.place - last, candidate.place - first))
         best: dict[tuple[int, int], tuple[str, float]] = {}
-        names = list(self._places)
 
-        def offer(token: int, edit: int, score: float) -> None:
-            candidate = reading.candidates[token]
-            place = (candidate.row, candidate.place)
-            if place not in best or score > best[place][1]:
-                best[place] = (names[edit], score)
+        def offer(token: int, edit: str, score: float) -> None:
+            place = reading.candidates[token].row, reading.candidates[token].place
+            if score > 0 and (place not in best or score > best[place][1]):
+                best[place] = edit, score
 
-        if tokens:
-            t, e = torch.tensor(tokens, device=z.device), torch.tensor(edits, device=z.device)
-            scores = (z[t] * keys[e]).sum(-1) - thresholds[e]
-            ages = torch.arange(asked.shape[1])
-            near = torch.tensor([s[0] for s in spans]).unsqueeze(1)
-            far = torch.tensor([s[1] for s in spans]).unsqueeze(1)
-            inside = ((ages >= near) & (ages <= far)).to(z.device)  # (pairs, W)
-            place = asked[t].masked_fill(~inside, -torch.inf).logsumexp(-1)
-            first = torch.tensor([reading.candidates[i].place == s[0] for i, s in zip(tokens, spans, strict=True)])
-            place = place.masked_fill(first.to(z.device), 0.0)  # the encoder does not see a text's first token
-            scores = torch.where((place > _ASKED) & (begins >= self.encoder.least)[t], scores, -1.0)
-            for pair, score in enumerate(scores.tolist()):
-                if score > 0:
-                    offer(tokens[pair], edits[pair], score)
+        z, slots, _ = reading.encoded(self.encoder)
+        begins = slots >= self.encoder.least
+        named = self._named(reading)
+        if named.tokens:
+            scores = torch.where(named.asked & begins[named.tokens], named.cosines - named.thresholds, -1.0)
+            for token, edit, score in zip(named.tokens, named.edits, scores.tolist(), strict=True):
+                offer(token, edit, score)
         if self._everywhere:
-            index = torch.tensor([self._places[edit] for edit in self._everywhere], device=z.device)
-            scores, winner = (z @ keys[index].mT - thresholds[index]).max(-1)
-            scores = torch.where(begins >= self.encoder.least, scores, -1.0)
-            for token, (score, edit) in enumerate(zip(scores.tolist(), index[winner].tolist(), strict=True)):
-                if score > 0:
-                    offer(token, edit, score)
+            edits = list(self._everywhere)
+            keys, thresholds = self._keys(edits)
+            scores, winner = (z @ keys.mT - thresholds).max(-1)
+            scores = torch.where(begins, scores, -1.0)
+            for token, (score, edit) in enumerate(zip(scores.tolist(), winner.tolist(), strict=True)):
+                offer(token, edits[edit], score)
         return best
+
+    def _keys(self, edits: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Keys ``(n, k)`` and thresholds ``(n,)`` of edits."""
+        keys = self.weighting.state["key"]
+        index = torch.tensor([self._places[edit] for edit in edits], dtype=torch.long, device=keys.device)
+        return keys[index], self.weighting.state["threshold"][index]
+
+    def _named(self, reading: Reading) -> _Named:
+        """Every candidate with every edit whose subject is named there."""
+        pairs = [(i, edit, span) for i, c in enumerate(reading.candidates) for edit, span in c.named.items()]
+        tokens, edits = [token for token, _, _ in pairs], [edit for _, edit, _ in pairs]
+        z, _, places = reading.encoded(self.encoder)
+        keys, thresholds = self._keys(edits)
+        ages = torch.arange(places.shape[1])
+        here = torch.tensor([reading.candidates[token].place for token in tokens], dtype=torch.long)
+        first, last = (torch.tensor([span[n] for _, _, span in pairs], dtype=torch.long) for n in (0, 1))
+        inside = (ages >= (here - last).unsqueeze(1)) & (ages <= (here - first).unsqueeze(1))  # (pairs, W)
+        log_asked = places[tokens].masked_fill(~inside.to(z.device), -torch.inf).logsumexp(-1)
+        log_asked = log_asked.masked_fill(
+            (last == 0).to(z.device), 0.0
+        )  # the encoder does not see a text's first token
+        return _Named(tokens, edits, (z[tokens] * keys).sum(-1), thresholds, log_asked)
 
     def _actions(self, reading: Reading, opened: dict[tuple[int, int], tuple[str, float]]) -> list[Action]:
         found: list[Action] = []
@@ -312,29 +341,25 @@ class CausalGate:
         return 0, ended
 
     def explain(self, reading: Reading) -> list[dict[str, tuple[float, float, bool, bool]]]:
-        """For each candidate ``edit -> (z . key, asked, begins, open)``, for people; :meth:`decide` works it out faster.
+        """For each candidate ``edit -> (z . key, asked, begins, open)``, for people.
 
         ``asked`` is the probability that the text asks about the edit's subject, 1 for an edit without one; ``begins`` says whether
         an answer begins there at all, and ``open`` whether the gate is open.
         """
-        if not reading.candidates:
-            return []
-        z, slots, places = (tensor.float().cpu() for tensor in self.relations(reading))
-        begins = (slots >= float(self.encoder.least)).tolist()
-        keys, thresholds = (self.weighting.state[name].cpu() for name in ("key", "threshold"))
-        found = []
-        for i, candidate in enumerate(reading.candidates):
-            spans: dict[str, tuple[int, int] | None] = {**dict.fromkeys(self._everywhere), **candidate.named}
-            own: dict[str, tuple[float, float, bool, bool]] = {}
-            for edit, span in spans.items():
-                index, log_asked = self._places[edit], 0.0
-                if span is not None:
-                    ages = slice(candidate.place - span[1], candidate.place - span[0] + 1)
-                    log_asked = float(places[i, ages].logsumexp(-1)) if span[1] else 0.0
-                cosine = float(z[i] @ keys[index])
-                fits = cosine > float(thresholds[index]) and log_asked > _ASKED
-                own[edit] = cosine, math.exp(log_asked), begins[i], fits and begins[i]
-            found.append(own)
+        found: list[dict[str, tuple[float, float, bool, bool]]] = [{} for _ in reading.candidates]
+        if not found:
+            return found
+        z, slots, _ = reading.encoded(self.encoder)
+        begins = (slots >= self.encoder.least).tolist()
+        if self._everywhere:
+            keys, thresholds = self._keys(list(self._everywhere))
+            for i, cosines in enumerate((z @ keys.mT).tolist()):
+                for edit, cosine, threshold in zip(self._everywhere, cosines, thresholds.tolist(), strict=True):
+                    found[i][edit] = cosine, 1.0, begins[i], cosine > threshold and begins[i]
+        named = self._named(reading)
+        values = (named.cosines, named.log_asked.exp(), named.asked & (named.cosines > named.thresholds))
+        for i, edit, cosine, asked, fits in zip(named.tokens, named.edits, *(v.tolist() for v in values), strict=True):
+            found[i][edit] = cosine, asked, begins[i], fits and begins[i]
         return found
 
 

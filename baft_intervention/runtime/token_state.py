@@ -43,10 +43,15 @@ class TokenState:
         return TokenState(self.ids[:, :width], {name: t[:, :width] for name, t in self.tensors.items()}, fires)
 
     def joined(self, new: TokenState) -> TokenState:
-        """These columns followed by those of ``new``, which has the fires of both."""
-        tensors = {
-            name: torch.cat([t.to(new.tensors[name].device), new.tensors[name]], 1) for name, t in self.tensors.items()
-        }
+        """These columns followed by those of ``new``, which has the fires of both; a tensor that one of them lacks is 0 there."""
+        tensors = {}
+        for name in {**self.tensors, **new.tensors}:
+            like = new.tensors.get(name, self.tensors.get(name))
+            assert like is not None
+            parts = (
+                state.tensors.get(name, like.new_zeros(*state.ids.shape, *like.shape[2:])) for state in (self, new)
+            )
+            tensors[name] = torch.cat([part.to(like.device) for part in parts], 1)
         return TokenState(torch.cat([self.ids, new.ids], 1), tensors, new.fires)
 
     def select(self, index: Tensor) -> None:
@@ -58,6 +63,11 @@ class TokenState:
     def repeat(self, times: int) -> None:
         """Repeat each sequence, copies side by side."""
         self.select(torch.arange(len(self.ids)).repeat_interleave(times))
+
+
+def unseen(rows: int, width: int, fires: Sequence[Sequence[tuple[int, str]]] | None = None) -> TokenState:
+    """The state of ``width`` columns that nobody has read: they count as padding. ``fires`` are those before them."""
+    return TokenState(torch.full((rows, width), PADDING), {}, [()] * rows if fires is None else fires)
 
 
 def state_of(cache: Any, owner: str) -> TokenState | None:

@@ -142,3 +142,25 @@ def test_embeddings_without_ids_are_refused(tiny_llama, tokenizer):
         tiny_llama(inputs_embeds=embeddings)
     with editor.enabled(False):
         tiny_llama(inputs_embeds=embeddings)
+
+
+def test_cached_tokens_that_the_edits_did_not_see_count_as_padding(tiny_llama, tokenizer):
+    """A prefix that was read while the edits were off: the subject in it is not known, one named later is, step by step too."""
+    editor = tiny_editor(tiny_llama, tokenizer, weighting_options={"false_openings": 0.6})
+    editor.edit(FRANCE)
+    prefix, rest = encode_prompt(tokenizer, "He was born."), encode_prompt(tokenizer, " The capital of France is Japan")
+
+    def go_on(pieces: list[list[int]]) -> torch.Tensor:
+        cache, found = DynamicCache(), []
+        with torch.no_grad():
+            with editor.enabled(False):
+                tiny_llama(input_ids=torch.tensor([prefix]), past_key_values=cache, use_cache=True)
+            for piece in pieces:
+                out = tiny_llama(input_ids=torch.tensor([piece]), past_key_values=cache, use_cache=True)
+                found.append(out.logits[0])
+        return torch.cat(found)
+
+    at_once = go_on([rest])
+    with editor.enabled(False):
+        assert not torch.allclose(go_on([rest]), at_once, atol=1e-3)  # the edit acts behind the prefix
+    torch.testing.assert_close(go_on([[token] for token in rest]), at_once, atol=1e-4, rtol=1e-4)
