@@ -194,3 +194,8 @@ def test_the_defaults_of_a_model_are_written_out(any_model) -> None:
     assert config.steps == 7
     with pytest.raises(ConfigError, match="this model has blocks 0 to"):
         BaftConfig.for_model(any_model, layers=(blocks,))
+
+
+def test_the_default_gate_of_earlier_versions_is_refused_with_a_way_out():
+    with pytest.raises(ConfigError, match="japan: weighting is 'subject_relation'.*edit again.*adapter.json"):
+        BaftConfig.from_dict({"weighting": "subject_relation", "positions": "last"}, where="japan: ")

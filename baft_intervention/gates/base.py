@@ -79,6 +79,11 @@ def weighting_class(name: str) -> type[WeightingNetwork]:
     Raises:
         ConfigError: no network has this name; the message lists the known ones.
     """
+    if name == "subject_relation":
+        raise ConfigError(
+            "weighting is 'subject_relation', the default gate of an earlier version, which is gone; edit again with the present "
+            "one: the requests of an adapter are in its adapter.json under edits"
+        )
     if name not in _REGISTRY:
         raise ConfigError(f"weighting is {name!r}; known networks: {', '.join(weighting_names())}")
     return _REGISTRY[name]
