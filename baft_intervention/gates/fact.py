@@ -22,10 +22,11 @@ class FactWeighting(WeightingNetwork):
 
     The gate is asked at every token. It is open (1, else 0) at token t where
 
-    - the edit's subject has been named in the tokens up to t (:mod:`~baft_intervention.runtime.subject_index`), and
-    - the text is about to state the edit's relation: ``z_t . key > threshold``, with ``z`` of the shared
-      :class:`~baft_intervention.gates.relation_encoder.RelationEncoder` and ``key`` the mean direction of the request's forms
-      (as a question, in chat, ...; ``training/request_forms.py``).
+    - the edit's subject has been named in the tokens up to t (:mod:`~baft_intervention.runtime.subject_index`),
+    - the text asks about this subject, and an answer begins behind t: two outputs of the shared
+      :class:`~baft_intervention.gates.relation_encoder.RelationEncoder`, and
+    - the text is about to state the edit's relation: ``z_t . key > threshold``, with ``z`` the encoder's third output and ``key``
+      its mean over the request's forms (as a question, as a statement, in chat; ``training/encoding.py``).
 
     Of several open edits the one with the largest ``z_t . key - threshold`` acts. It then acts on the tokens of its own
     answer too, as long as the text says that answer: ``c_n (r,)`` is the bias behind its n-th token, so that some bases begin the

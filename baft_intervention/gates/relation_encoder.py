@@ -19,6 +19,11 @@ def read_layers(edited: Sequence[int], num_layers: int) -> tuple[int, ...]:
     return tuple(min(round(depth * num_layers), *edited) for depth in (*POOLED_DEPTHS, *LATE_DEPTHS))
 
 
+def standardise(h: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """``(h - mean) / scale`` (..., d), scaled to length ``sqrt(d)``; fp32."""
+    return F.normalize((h.float() - mean) / scale, dim=-1) * h.shape[-1] ** 0.5
+
+
 class RelationEncoder(nn.Module):
     """``z (k,)``, the relation whose object the next token would begin, and the place of its subject.
 
@@ -133,20 +138,19 @@ class RelationEncoder(nn.Module):
 
     def standardised(self, number: int, h: Tensor) -> Tensor:
         """The output ``h (..., d)`` of block ``read_layers()[number]``, standardised, of length ``sqrt(d)``."""
-        x = (h.float() - self.mean[number]) / self.scale[number]
-        return F.normalize(x, dim=-1) * h.shape[-1] ** 0.5
+        return standardise(h, self.mean[number], self.scale[number])
 
     def memory(self, number: int, x: Tensor) -> Tensor:
         """What a token leaves for later ones, from block ``number``: ``x (..., d) -> (..., heads + m + width)``.
 
         The parts of the pooled blocks add up.
         """
-        return x @ torch.cat([self.salience[number], self.place[number], self.value[number]]).mT
+        return torch.cat([x @ w[number].mT for w in (self.salience, self.place, self.value)], dim=-1)
 
     def glance(self, number: int, x: Tensor) -> Tensor:
         """The token's own part, from block ``number``: ``x (..., d) -> (..., k + 1 + m)``; the parts of the late blocks add up."""
         late = number - self.pooled
-        return x @ torch.cat([self.look[late], self.query[late]]).mT
+        return torch.cat([x @ self.look[late].mT, x @ self.query[late].mT], dim=-1)
 
     def forward(self, glance: Tensor, memory: Tensor, age: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``z (..., k)``, ``s (...)`` and ``log q (..., W)`` from the token's own part and the memory of the tokens up to it.

@@ -12,18 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
-import json
-import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..environment import cache_folder
@@ -32,8 +26,7 @@ from ..models.fingerprint import model_fingerprint
 from ..progress import progress_bar
 from ..runtime.distributed import from_main, is_main
 from ..runtime.representations import read_blocks
-
-logger = logging.getLogger(__name__)
+from .tensor_cache import digest, load_tensors, store_tensors
 
 TEXTS = Path(__file__).with_name("unrelated_texts.txt")
 POSITIONS_PER_TEXT = 4  # the last token, and three inside
@@ -99,19 +92,20 @@ def get_bank(
         "format": _FORMAT,
         "model": model_fingerprint(model),
         "vocabulary": len(tokenizer),
-        "texts": _digest(list(shipped_texts() if texts is None else texts)),
+        "texts": digest(list(shipped_texts() if texts is None else texts)),
         "layers": sorted(layers),
     }
-    path = cache_folder() / "banks" / f"{_digest(what)[:24]}.safetensors"
+    path = cache_folder() / "banks" / f"{digest(what)[:24]}.safetensors"
     # all processes compute the bank or none does: a sharded model needs every one of them
-    saved = from_main(lambda: _load(path, layers)) if cache else None
+    names = {f"unrelated.{layer}": layer for layer in layers}
+    saved = from_main(lambda: load_tensors(path, names)) if cache else None
     if saved is not None:
-        return saved
+        return Bank({layer: saved[name] for name, layer in names.items()})
     with without_hooks(model):
         own = _read(model, tokenizer, encode_texts(tokenizer, texts), layers)
     bank = from_main(lambda: own)  # the same bits for all
     if cache and is_main():
-        _store(path, bank)
+        store_tensors(path, {name: bank.unrelated[layer] for name, layer in names.items()})
     return bank
 
 
@@ -143,31 +137,3 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
         for hooks, before in kept:
             hooks.clear()
             hooks.update(before)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _load(path: Path, layers: Sequence[int]) -> Bank | None:
-    if not path.is_file():
-        return None
-    try:
-        saved = load_file(path)
-        return Bank({layer: saved[f"unrelated.{layer}"] for layer in layers})
-    except (OSError, SafetensorError, KeyError) as error:
-        logger.warning("the cached bank %s cannot be read (%s); it is computed again", path, error)
-        return None
-
-
-def _store(path: Path, bank: Bank) -> None:
-    tensors = {f"unrelated.{layer}": tensor.contiguous() for layer, tensor in bank.unrelated.items()}
-    partial = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial)
-        os.replace(partial, path)
-    except OSError as error:
-        logger.warning("the bank cannot be cached in %s (%s); it is computed again next time", path.parent, error)
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)

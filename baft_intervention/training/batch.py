@@ -203,7 +203,7 @@ class _Layout:
         ends = [sum(counts[: k + 1]) for k in range(len(counts))]
         self.rows = [list(range(end - count, end)) for count, end in zip(counts, ends, strict=True)]
         positions = [[forward.flat_index(i, c) for i in rows for c in forward.rows[i].positions] for rows in self.rows]
-        stages = [[stage for i in rows for stage in self._stages(forward.rows[i])] for rows in self.rows]
+        stages = [[stage for row in job.rows for stage in row.stages] for job in jobs]
         self.positions = EditedPositions(positions, device, stages)
         edit_of_row = torch.tensor([k for k, rows in enumerate(self.rows) for _ in rows], device=device)
         self._edit, self._count = edit_of_row[forward.owner], len(counts)  # (N,)
@@ -213,10 +213,6 @@ class _Layout:
             torch.tensor([w for each in which for w in each], device=device) / rows_of_edit
             for which in zip(*per_row, strict=True)
         )
-
-    @staticmethod
-    def _stages(row: Any) -> list[int]:
-        return row.stages
 
     def sum(self, values: Tensor) -> Tensor:
         """``(N,) -> (E,)``, over the target tokens of each edit."""

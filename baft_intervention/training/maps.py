@@ -142,11 +142,6 @@ class EditMaps:
         """``w (E, N, r)`` of each edit on the same ``hidden (N, d)``."""
         raise NotImplementedError
 
-    @property
-    def reads_tokens(self) -> bool:
-        """Whether the weighting networks take the stage of a position."""
-        return self.config.reads_tokens
-
     def penalties(self, weights: Mapping[int, Tensor], parallel: DataParallel, device: torch.device) -> Tensor:
         """``(E,)`` locality and balance terms with their coefficients, on ``device``.
 
@@ -196,7 +191,7 @@ class ModuleMaps(EditMaps):
         def change_of(layer: int) -> Callable[[Tensor], Tensor]:
             def change(hidden: Tensor) -> Tensor:
                 x = positions.take(hidden)  # (1, n, d)
-                stage = positions.stage[0].to(x.device) if self.reads_tokens else None
+                stage = positions.stage[0].to(x.device) if self.config.reads_tokens else None
                 delta, own = self.modules[layer].update(x[0], stage)
                 if layer in self.earlier:
                     delta = delta + self.earlier[layer](x[0])

@@ -6,25 +6,18 @@ together and everything else apart.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import logging
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..environment import cache_folder
-from ..gates.relation_encoder import WINDOW, RelationEncoder
+from ..gates.relation_encoder import WINDOW, RelationEncoder, standardise
 from ..models.fingerprint import model_fingerprint
 from ..models.structure import hidden_size
 from ..progress import progress_bar
@@ -32,8 +25,7 @@ from ..runtime.distributed import from_main, is_main
 from ..runtime.representations import read_blocks
 from .bank import without_hooks
 from .relation_texts import RelationText, relation_texts
-
-logger = logging.getLogger(__name__)
+from .tensor_cache import digest, load_tensors, store_tensors
 
 SHIPPED = Path(__file__).with_name("encoders")
 _FORMAT = 2  # raise it when texts or training change: encoders are then trained again
@@ -77,17 +69,18 @@ def get_encoder(model: nn.Module, tokenizer: Any, layers: Sequence[int], *, cach
         cache: read and write ``encoders`` in :func:`~baft_intervention.environment.cache_folder`. A folder that cannot be
             written is logged, and the encoder is trained again next time.
     """
-    name = f"{_digest([_FORMAT, model_fingerprint(model), len(tokenizer), list(layers)])}.safetensors"
+    name = f"{digest([_FORMAT, model_fingerprint(model), len(tokenizer), list(layers)])[:24]}.safetensors"
     folders = [SHIPPED, *([cache_folder() / "encoders"] if cache else [])]
     # all processes train the encoder or none does: a sharded model needs every one of them
-    state = from_main(lambda: next((found for folder in folders if (found := _load(folder / name)) is not None), None))
+    encoder = RelationEncoder()
+    found = (load_tensors(folder / name, encoder.state_dict()) for folder in folders)
+    state = from_main(lambda: next((each for each in found if each is not None), None))
     if state is None:
         with without_hooks(model):
             own = new_encoder(model, tokenizer, layers).state_dict()
         state = from_main(lambda: {n: t.half() for n, t in own.items()})
         if cache and is_main():
-            _store(folders[-1] / name, state)
-    encoder = RelationEncoder()
+            store_tensors(folders[-1] / name, state)
     encoder.load_state_dict({n: t.float() for n, t in state.items()})
     return encoder
 
@@ -147,10 +140,8 @@ def read_texts(
     first[begins] = True
     sample = states[~first][::7].float()
     mean, scale = sample.mean(0), sample.std(0) + 1e-3
-    size = states.shape[-1] ** 0.5
     for piece in torch.arange(len(states)).split(20_000):
-        x = (states[piece].float() - mean) / scale
-        states[piece] = (F.normalize(x, dim=-1) * size).half()
+        states[piece] = standardise(states[piece], mean, scale).half()
     return ReadTexts(texts, states, lengths, torch.tensor(subject), mean, scale)
 
 
@@ -159,45 +150,10 @@ def encode_rows(
     model: nn.Module, tokenizer: Any, encoder: RelationEncoder, layers: Sequence[int], rows: Sequence[Sequence[int]]
 ) -> Tensor:
     """``z (N, k)`` at the last token of each row of ids."""
-    rows = [list(row)[-(WINDOW + 1) :] if len(row) > 4 * WINDOW else list(row) for row in rows]
     found = read_blocks(model, tokenizer, rows, [range(len(row)) for row in rows], sorted(set(layers)))
-    directions = []
-    for i in range(len(rows)):
-        x = [encoder.standardised(n, found[layer][i]) for n, layer in enumerate(layers)]
-        memory = torch.stack([encoder.memory(n, x[n]) for n in range(encoder.pooled)]).sum(0).flip(0)[:WINDOW]
-        glance = torch.stack([encoder.glance(n, x[n][-1]) for n in range(encoder.pooled, len(layers))]).sum(0)
-        age = torch.arange(len(memory))
-        z, _, _ = encoder(glance, memory, age.float(), age < len(rows[i]) - 1)
-        directions.append(z)
-    return torch.stack(directions)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:24]
-
-
-def _load(path: Path) -> dict[str, Tensor] | None:
-    if not path.is_file():
-        return None
-    try:
-        state = load_file(path)
-        RelationEncoder().load_state_dict(state)
-        return state
-    except (OSError, SafetensorError, RuntimeError) as error:
-        logger.warning("the encoder %s cannot be read (%s); it is trained again", path, error)
-        return None
-
-
-def _store(path: Path, state: dict[str, Tensor]) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({n: t.contiguous() for n, t in state.items()}, partial)
-        os.replace(partial, path)
-    except OSError as error:
-        logger.warning("the encoder cannot be cached in %s (%s); it is trained again next time", path.parent, error)
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+    x = torch.stack([encoder.standardised(n, torch.cat(found[layer])) for n, layer in enumerate(layers)], 1)
+    lengths = torch.tensor([len(row) for row in rows])
+    return _encode(encoder, x, lengths, torch.arange(len(rows)), lengths - 1)[0]
 
 
 def encode_at(
@@ -217,12 +173,20 @@ def encode_at(
     x = read.states[flat].float()
     if dropout:
         x = x * (torch.rand(x.shape, generator=generator) >= dropout) / (1.0 - dropout)
+    return _encode(encoder, x, lengths, rows, columns)
+
+
+def _encode(
+    encoder: RelationEncoder, x: Tensor, lengths: Tensor, rows: Tensor, columns: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The encoder at the tokens ``columns (P,)`` of the texts ``rows (P,)``; ``x (tokens, L, d)`` standardised, text after text."""
+    begins = (lengths.cumsum(0) - lengths)[rows]
     memory = torch.stack([encoder.memory(n, x[:, n]) for n in range(encoder.pooled)]).sum(0)
-    y = x[own[rows] + columns]
+    y = x[begins + columns]
     glance = torch.stack([encoder.glance(n, y[:, n]) for n in range(encoder.pooled, x.shape[1])]).sum(0)
     age = torch.arange(min(WINDOW, int(lengths.max())))
     place = columns.unsqueeze(1) - age
-    return encoder(glance, memory[own[rows].unsqueeze(1) + place.clamp(min=0)], age.float().expand_as(place), place > 0)
+    return encoder(glance, memory[begins.unsqueeze(1) + place.clamp(min=0)], age.float().expand_as(place), place > 0)
 
 
 def train_encoder(

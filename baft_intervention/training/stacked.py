@@ -108,7 +108,7 @@ class StackedMaps(EditMaps):
             with torch.autocast(hidden.device.type, enabled=False):  # fp32 throughout, as in a BasisWeightedMap
                 x, gates, earlier = self._constant.get(layer) or self._read(layer, hidden, positions)
                 if gates is None:
-                    gates = self.gates(layer, x, positions.stage if self.reads_tokens else None)
+                    gates = self.gates(layer, x, positions.stage if self.config.reads_tokens else None)
                 own = self._state[layer]
                 delta = baft_update(x, own["basis"], own["source_weight"], own["source_bias"], gates)
                 weights[layer] = positions.count(gates)
