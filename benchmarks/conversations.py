@@ -12,28 +12,22 @@ resumes a run.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from forms import FORMS, HERE, names, read_facts, request_of
+from edited_facts import make_parser, measured, read_options, report
+from forms import FORMS, names, read_facts, request_of
 
-from baft_intervention import load_model
 from baft_intervention.evaluation.edited import EditedModel
-from baft_intervention.evaluation.methods import load_method
 from baft_intervention.models.chat import render_chat
 
-Turn = tuple[
-    str, str | None, bool
-]  # the user's message, the assistant's reply if the script gives it, whether it asks the fact
+# the user's message, the assistant's reply if the script gives it, whether it asks for the fact
+Turn = tuple[str, str | None, bool]
 
 
 def dialogues(fact: Mapping[str, str]) -> dict[str, list[Turn]]:
@@ -76,20 +70,13 @@ def replies(edited: EditedModel, script: Sequence[Turn], tokens: int) -> list[st
     return found
 
 
-def run(method: str, facts: Sequence[Mapping[str, str]], args: argparse.Namespace) -> list[dict[str, Any]]:
-    kept = args.out / f"{method}.jsonl"
-    done = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()] if kept.is_file() else []
-    finished = {r["question"] for r in done}
-    todo = [(i, f) for i, f in enumerate(facts) if f["question"] not in finished]
-    if not todo:
-        return done
-    model, tokenizer = load_model(args.model)
-    _, settings = load_method(method, HERE / "methods")
-    edited = settings.attach(model, tokenizer)
-    for i, fact in tqdm(todo, desc=method, disable=None):
-        edited.reset()
-        old = edited.generate([render_chat(tokenizer, [{"role": "user", "content": fact["question"]}])], 12)[0]
-        edited.apply([request_of(fact, FORMS[i % len(FORMS)])])
+def run(method: str, facts: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Results of one method, kept ones first."""
+
+    def measure(edited: EditedModel, fact: Mapping[str, Any]) -> dict[str, Any]:
+        asked = render_chat(edited.tokenizer, [{"role": "user", "content": fact["question"]}])
+        old = edited.generate([asked], 12)[0]
+        edited.apply([request_of(fact, fact["form"])])
         said = {name: replies(edited, script, args.tokens) for name, script in dialogues(fact).items()}
         new = {name: [fact["object"].casefold() in r.casefold() for r in found] for name, found in said.items()}
         first = {name: [names(r, fact["object"]) for r in found] for name, found in said.items()}
@@ -97,15 +84,9 @@ def run(method: str, facts: Sequence[Mapping[str, str]], args: argparse.Namespac
             name: [r.startswith(old[:20]) and not n for r, n in zip(said[name], new[name], strict=True)]
             for name in said
         }
-        result = {
-            "question": fact["question"], "target": fact["object"], "form": FORMS[i % len(FORMS)], "said": said, "new": new,
-            "first": first, "old": stale,
-        }  # fmt: skip
-        with kept.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(result, ensure_ascii=False) + "\n")
-        done.append(result)
-    edited.restore()
-    return done
+        return {"target": fact["object"], "form": fact["form"], "said": said, "new": new, "first": first, "old": stale}
+
+    return list(measured(method, facts, ("question",), measure, args))
 
 
 def table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
@@ -134,34 +115,20 @@ def table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--data-dir", type=Path, default=HERE.parents[1] / "shared" / "data", help="holds hallueditbench/"
-    )
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--methods", default="baft", help="names of files in benchmarks/methods, with commas between")
-    parser.add_argument("--part", choices=("validation", "test"), default="test", help="default: test")
-    parser.add_argument("--n", type=int, default=60, help="facts; default: 60")
+    parser = make_parser(__doc__, "hallueditbench")
     parser.add_argument("--tokens", type=int, default=32, help="of a reply; default: 32")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw of facts; default: 0")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = read_options(parser)
     facts = read_facts(args.data_dir / "hallueditbench", args.part, args.n, args.seed)
-    facts = [{**fact, "another_subject": facts[i - 1]["subject"]} for i, fact in enumerate(facts)]
+    facts = [
+        {**fact, "another_subject": facts[i - 1]["subject"], "form": FORMS[i % len(FORMS)]}
+        for i, fact in enumerate(facts)
+    ]
     results = {method: run(method, facts, args) for method in args.methods.split(",")}
-    text = "\n".join(
-        [
-            "Share of replies that name the new answer / in their first sentence (repeat the unedited answer), percent.",
-            "",
-            *table(results),
-            "",
-        ]
+    heading = f"{args.model}, {len(facts)} facts of the {args.part} part, percent of replies that name the new answer"
+    report(
+        [f"{heading} / in their first sentence (that repeat the unedited answer)", "", *table(results)],
+        args.out / "conversations.md",
     )
-    (args.out / "conversations.md").write_text(text, encoding="utf-8")
-    print(text)
     return 0
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import random
 import re
 import sys
@@ -23,18 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from baft_intervention import EditRequest, Message, load_model
+from edited_facts import make_parser, measured, read_options, report
+
+from baft_intervention import EditRequest, Message
 from baft_intervention.data import split_of
 from baft_intervention.evaluation.edited import EditedModel
-from baft_intervention.evaluation.methods import load_method
 from baft_intervention.models.chat import render_chat
 from baft_intervention.models.tokenization import encode_pair, encode_prompt, pad_rows, pad_token_id
 
-HERE = Path(__file__).resolve().parent
 ASKED = ("question", "paraphrased_question", "locality_question")  # columns that must name the subject
 FORMS = ("question", "statement", "chat")
 FOLLOW = ("own form", "other form", "paraphrase", "chat question", "chat paraphrase")
@@ -138,26 +136,15 @@ def ask(
 
 def run(method: str, facts: Sequence[Mapping[str, str]], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Results of one method, kept ones first."""
-    kept = args.out / f"{method}.jsonl"
-    done = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()] if kept.is_file() else []
-    yield from done
-    finished = {(r["question"], r["form"]) for r in done}
-    todo = [(f, form) for f in facts for form in FORMS if (f["question"], form) not in finished]
-    if not todo:
-        return
-    model, tokenizer = load_model(args.model)
-    _, settings = load_method(method, HERE / "methods")
-    edited = settings.attach(model, tokenizer)
-    for fact, form in tqdm(todo, desc=method, disable=None):
-        edited.reset()
-        probes = probes_of(tokenizer, fact, form)
+
+    def measure(edited: EditedModel, fact: Mapping[str, str]) -> dict[str, Any]:
+        probes = probes_of(edited.tokenizer, fact, fact["form"])
         unedited = dict(zip(probes, next_logits(edited, list(probes.values())), strict=True))
-        edited.apply([request_of(fact, form)])
-        result = {"question": fact["question"], "form": form, **ask(edited, fact, form, unedited, args.text)}
-        with kept.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(result, ensure_ascii=False) + "\n")
-        yield result
-    edited.restore()
+        edited.apply([request_of(fact, fact["form"])])
+        return ask(edited, fact, fact["form"], unedited, args.text)
+
+    edits = [{**fact, "form": form} for fact in facts for form in FORMS]
+    return measured(method, edits, ("question", "form"), measure, args)
 
 
 def table(results: Mapping[str, Sequence[Mapping[str, Any]]], text: bool) -> list[str]:
@@ -185,28 +172,13 @@ def table(results: Mapping[str, Sequence[Mapping[str, Any]]], text: bool) -> lis
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--data-dir", type=Path, default=HERE.parents[1] / "shared" / "data", help="holds hallueditbench/"
-    )
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--methods", default="baft", help="names of files in benchmarks/methods, with commas between")
-    parser.add_argument("--part", choices=("validation", "test"), default="test", help="default: test")
-    parser.add_argument("--n", type=int, default=60, help="facts; default: 60")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw of facts; default: 0")
+    parser = make_parser(__doc__, "hallueditbench")
     parser.add_argument("--text", action="store_true", help="also let the model write 24 tokens after each probe")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    args.out = args.out / f"{args.part}-{args.n}-{args.seed}"
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = read_options(parser)
     facts = read_facts(args.data_dir / "hallueditbench", args.part, args.n, args.seed)
     results = {method: list(run(method, facts, args)) for method in args.methods.split(",")}
-    lines = table(results, args.text)
     heading = f"{args.model}, {len(facts)} facts of the {args.part} part, percent; stays: argmax (bit-equal)"
-    (args.out / "table.md").write_text("\n".join([heading, "", *lines, ""]), encoding="utf-8")
-    print("\n".join([heading, "", *lines]))
+    report([heading, "", *table(results, args.text)], args.out / "table.md")
     return 0
 
 

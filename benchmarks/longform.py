@@ -21,15 +21,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from forms import HERE
+from edited_facts import make_parser, measured, read_options, report
 
-from baft_intervention import EditRequest, load_model
-from baft_intervention.evaluation.methods import load_method
+from baft_intervention import EditRequest
+from baft_intervention.evaluation.edited import EditedModel
 from baft_intervention.models.chat import render_chat
 
 FILES = {"validation": "counterfact-val.json", "test": "counterfact.json"}
@@ -75,18 +72,10 @@ def judged(text: str, unedited: str, fact: Mapping[str, Any]) -> dict[str, float
 
 
 def run(method: str, facts: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> list[dict[str, Any]]:
-    kept = args.out / f"{method}.jsonl"
-    done = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()] if kept.is_file() else []
-    finished = {r["prompt"] for r in done}
-    todo = [f for f in facts if f["prompt"] not in finished]
-    if not todo:
-        return done
-    model, tokenizer = load_model(args.model)
-    _, settings = load_method(method, HERE / "methods")
-    edited = settings.attach(model, tokenizer)
-    for fact in tqdm(todo, desc=method, disable=None):
-        edited.reset()
-        asked = prompts_of(tokenizer, fact)
+    """Results of one method, kept ones first."""
+
+    def measure(edited: EditedModel, fact: Mapping[str, Any]) -> dict[str, Any]:
+        asked = prompts_of(edited.tokenizer, fact)
         before = edited.generate([p for _, p in asked], args.tokens)
         edited.apply([EditRequest(fact["prompt"], fact["target"], subject=fact["subject"])])
         after = edited.generate([p for _, p in asked], args.tokens)
@@ -94,12 +83,9 @@ def run(method: str, facts: Sequence[Mapping[str, Any]], args: argparse.Namespac
             {"kind": kind, "text": text, "unedited": old, **judged(text, old, fact)}
             for (kind, _), text, old in zip(asked, after, before, strict=True)
         ]
-        result = {**fact, "texts": texts, "base": [judged(old, old, fact) for old in before]}
-        with kept.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(result, ensure_ascii=False) + "\n")
-        done.append(result)
-    edited.restore()
-    return done
+        return {**fact, "texts": texts, "base": [judged(old, old, fact) for old in before]}
+
+    return list(measured(method, facts, ("prompt",), measure, args))
 
 
 def table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
@@ -119,26 +105,13 @@ def table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, default=HERE.parents[1] / "shared" / "data", help="holds counterfact/")
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--methods", default="baft", help="names of files in benchmarks/methods, with commas between")
-    parser.add_argument("--part", choices=tuple(FILES), default="test", help="default: test")
-    parser.add_argument("--n", type=int, default=60, help="facts; default: 60")
+    parser = make_parser(__doc__, "counterfact")
     parser.add_argument("--tokens", type=int, default=64, help="of a text; default: 64")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw of facts; default: 0")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = read_options(parser)
     facts = read_facts(args.data_dir, args.part, args.n, args.seed)
     results = {method: run(method, facts, args) for method in args.methods.split(",")}
-    text = "\n".join(
-        [f"{args.model}, {len(facts)} facts of the {args.part} part, percent of texts", "", *table(results), ""]
-    )
-    (args.out / "longform.md").write_text(text, encoding="utf-8")
-    print(text)
+    heading = f"{args.model}, {len(facts)} facts of the {args.part} part, percent of texts"
+    report([heading, "", *table(results)], args.out / "longform.md")
     return 0
 
 
