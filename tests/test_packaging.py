@@ -110,9 +110,8 @@ def test_wheel_from_outside_the_tree(tmp_path: Path) -> None:
     _python("-m", "pip", "install", "-qq", "--no-deps", "--no-compile", "--target", str(target), str(wheel))
     shipped = {str(p.relative_to(target)) for p in (target / "baft_intervention").rglob("*") if p.is_file()}
     here = ROOT / "baft_intervention"
-    wanted = {
-        str(p.relative_to(ROOT)) for p in here.rglob("*") if p.suffix in {".py", ".json", ".yaml", ".typed", ".txt"}
-    }
+    kinds = {".py", ".json", ".yaml", ".typed", ".txt", ".tsv", ".safetensors"}
+    wanted = {str(p.relative_to(ROOT)) for p in here.rglob("*") if p.suffix in kinds}
     assert shipped == wanted
     code = "import baft_intervention as b, baft_intervention.models.loading; print(b.__file__, b.__version__)"
     where, version = _python("-P", "-c", code, cwd=tmp_path, PYTHONPATH=str(target)).split()
